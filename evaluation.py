@@ -1,0 +1,157 @@
+"""The held-out report: what base, kNN-LM, memory and their blends predict on rows that no entry comes from.
+
+Letters: P held-out positions, A alphas, S temperatures, V vocabulary, K neighbours.
+"""
+
+import json
+import math
+
+import matplotlib
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from datastore import entries_of, hidden_batches, knn_weights
+from memory_decoder import LOGITS_AT_ONCE, blend
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ALPHAS = np.linspace(0, 1, 21)
+TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
+
+
+@torch.no_grad()
+def score_positions(base, decoder, store, windows, k, temperature, batch_size=16):
+    """Log probability of the next token at every held-out position, under everything that is compared.
+
+    Returns a dict of float32 arrays: base (P,), memory (P,), blend_logits (P, A), knn (P, S), and example (P,).
+    """
+    values, example, _, offsets = entries_of(windows)
+    decoder = decoder.to(base.device).eval()
+    rows = max(1, LOGITS_AT_ONCE // (4 * base.vocabulary))
+    parts = {"base": [], "memory": [], "blend_logits": [], "knn": []}
+    with tqdm(total=len(values), desc="held-out", unit="position") as bar:
+        for first, hidden in hidden_batches(base, windows, batch_size):
+            counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
+            sequences = pad_sequence(list(hidden.float().split(counts)), batch_first=True)
+            features = decoder.features(sequences)
+            features = torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
+            targets = values[offsets[first]:offsets[first] + len(hidden)]
+            parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))
+            y = torch.from_numpy(targets).long().to(base.device)[:, None]
+            for i in range(0, len(hidden), rows):
+                z, m = base.logits(hidden[i:i + rows]), decoder.output_projection(features[i:i + rows])
+                for name, logits in (("base", z), ("memory", m)):
+                    parts[name].append(torch.log_softmax(logits, -1).gather(1, y[i:i + rows])[:, 0].cpu().numpy())
+                columns = [torch.log_softmax(blend(z, m, float(a)), -1).gather(1, y[i:i + rows]) for a in ALPHAS]
+                parts["blend_logits"].append(torch.cat(columns, 1).cpu().numpy())
+            bar.update(len(hidden))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example}
+
+
+def knn_log_probabilities(store, hidden, targets, k, temperature):
+    """Log probability (P, S) that the K nearest entries give the targets (P,), one column a temperature."""
+    D, I = store.search(hidden.float().cpu().numpy(), k)
+    hit = store.values[I] == targets[:, None]
+    columns = [(knn_weights(D, factor * temperature) * hit).sum(1) for factor in TEMPERATURES]
+    with np.errstate(divide="ignore"):
+        return np.log(np.stack(columns, 1)).astype(np.float32)
+
+
+def mix_probabilities(first, second):
+    """log((1 - alpha) * exp(first) + alpha * exp(second)) for every alpha: (P,) and (P,) -> (P, A)."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(first[:, None] + np.log1p(-ALPHAS), second[:, None] + np.log(ALPHAS))
+
+
+def perplexity(log_probabilities):
+    return float(np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64)))
+
+
+def perplexities(log_probabilities):
+    return np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64))
+
+
+def summarise(scores, temperature):
+    """Choose alpha, lambda and temperature on the even held-out examples and report all on the odd ones.
+
+    A chosen value is the best on the choosing half, whatever it does on the other.
+    """
+    choose, report = scores["example"] % 2 == 0, scores["example"] % 2 == 1
+    rules = {"logits": scores["blend_logits"], "probabilities": mix_probabilities(scores["base"], scores["memory"])}
+    knn = np.stack([mix_probabilities(scores["base"], column) for column in scores["knn"].T], 1)  # (P, S, A)
+    s, lam = np.unravel_index(np.argmin(perplexities(knn[choose])), knn.shape[1:])
+    best = {rule: int(np.argmin(perplexities(table[choose]))) for rule, table in rules.items()}
+    return {
+        "held_out": {
+            "positions": int(report.sum()),
+            "base": perplexity(scores["base"][report]),
+            "knn_lm": perplexity(knn[report, s, lam]),
+            "memory": perplexity(scores["memory"][report]),
+            **{f"blend_{rule}": perplexity(table[report, best[rule]]) for rule, table in rules.items()},
+        },
+        "chosen": {
+            **{f"alpha_{rule}": round(float(ALPHAS[best[rule]]), 4) for rule in rules},
+            "knn_lambda": round(float(ALPHAS[lam]), 4),
+            "knn_temperature": float(temperature * TEMPERATURES[s]),
+            "positions": int(choose.sum()),
+        },
+        "alpha_sweep": {"alpha": [round(float(a), 4) for a in ALPHAS],
+                        **{rule: perplexities(table[report]).tolist() for rule, table in rules.items()}},
+    }
+
+
+def report_table(metrics):
+    """The Markdown table of the held-out report."""
+    held, chosen = metrics["held_out"], metrics["chosen"]
+    rows = [("base model alone", held["base"], ""),
+            ("kNN-LM", held["knn_lm"], f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}"),
+            ("memory alone", held["memory"], "alpha 1"),
+            ("blend of logits", held["blend_logits"], f"alpha {chosen['alpha_logits']:g}"),
+            ("blend of probabilities", held["blend_probabilities"], f"alpha {chosen['alpha_probabilities']:g}")]
+    lines = ["| held-out text | perplexity | of the base's | chosen on the other half |", "|---|---:|---:|---|"]
+    lines += [f"| {name} | {value:.2f} | {value / held['base']:.2f} | {note} |" for name, value, note in rows]
+    return "\n".join(lines)
+
+
+def write_report(metrics, losses, folder):
+    """Write metrics.json, report.md, loss_curve.png and alpha_sweep.png."""
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in metrics["seconds"].items())
+    (folder / "report.md").write_text(
+        f"# Held-out report\n\n{report_table(metrics)}\n\n"
+        f"{metrics['held_out']['positions']:,} positions reported, {metrics['chosen']['positions']:,} others to choose on; "
+        f"{metrics['entries']:,} entries, K {metrics['k']}.\n\nSeconds: {seconds}. "
+        f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n")
+    plot_losses(losses, folder / "loss_curve.png")
+    plot_sweep(metrics, folder / "alpha_sweep.png")
+
+
+def plot_losses(losses, path):
+    """Training loss, KL and cross-entropy over the steps; losses: rows of (step, loss, kl, ce)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    columns = np.array(losses, dtype=float).reshape(-1, 4).T
+    for label, column in zip(("loss", "KL to the kNN distribution", "cross-entropy"), columns[1:], strict=True):
+        axes.plot(columns[0], column, label=label)
+    axes.set(xlabel="step", ylabel="nats a position", title="MemoryDecoder training")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_sweep(metrics, path):
+    """Held-out perplexity over alpha under both rules, beside the base and kNN-LM."""
+    sweep, held = metrics["alpha_sweep"], metrics["held_out"]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for rule in ("logits", "probabilities"):
+        axes.plot(sweep["alpha"], sweep[rule], marker=".", label=f"blend of {rule}")
+    axes.axhline(held["base"], color="gray", linestyle="--", label="base alone")
+    axes.axhline(held["knn_lm"], color="gray", linestyle=":", label="kNN-LM")
+    axes.set(xlabel="alpha", ylabel="held-out perplexity", title="How much memory?")
+    if math.isfinite(held["base"]) and max(sweep["logits"]) > 20 * min(sweep["logits"]):
+        axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,333 @@
+"""The MemoryDecoder, its loss, the blend with the base model, and generation.
+
+Letters: B sequences, T positions, H width of the base model's hidden states, C width of the decoder,
+V vocabulary, K neighbours, P positions in a flat row.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers.decoders import DecodeStream
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from datastore import UserError, shared_prefix
+
+LOGITS_AT_ONCE = 2**26  # numbers in one block of logits: 256 MiB in float32
+RULES = ("logits", "probabilities")
+
+
+class Block(nn.Module):
+    """One Transformer encoder layer under a causal mask that reaches back `context` positions, itself included."""
+
+    def __init__(self, width, heads, context, norm_first):
+        super().__init__()
+        self.heads, self.context, self.norm_first = heads, context, norm_first
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def attend(self, x, cache):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        S = k.shape[2]
+        if S == T and T <= self.context:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            ago = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(ago >= 0) & (ago < self.context))
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+    def forward(self, x, cache=None):
+        if self.norm_first:
+            x = x + self.attend(self.attention_norm(x), cache)
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + self.attend(x, cache))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class DecoderCache:
+    """The last context-1 keys and values of every block, for decoding one position after another."""
+
+    def __init__(self):
+        self.stored = {}
+
+    def append(self, block, k, v):
+        """Keys and values (B, heads, S, C/heads) that the new positions may look at, themselves last."""
+        if block in self.stored:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.stored[block], (k, v), strict=True))
+        keep = block.context - 1
+        self.stored[block] = tuple(x[:, :, max(0, x.shape[2] - keep):] for x in (k, v))
+        return k, v
+
+
+class MemoryDecoder(nn.Module):
+    """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
+
+    hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> output projection -> logits (B, T, V).
+    With context=1 every position is read alone, as in the original demo.
+    """
+
+    def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True):
+        super().__init__()
+        if decoder_dim % num_heads:
+            raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
+                            f"choose a --decoder_dim that is a multiple of {num_heads}.")
+        self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "decoder_dim": decoder_dim,
+                      "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
+        self.input_projection = nn.Linear(hidden_size, decoder_dim)
+        self.input_norm = nn.LayerNorm(decoder_dim)
+        self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first) for _ in range(num_layers))
+        self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
+        self.output_projection = nn.Linear(decoder_dim, vocab_size)
+
+    def features(self, hidden, cache=None):
+        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
+        x = self.input_norm(self.input_projection(hidden))
+        for block in self.blocks:
+            x = block(x, cache)
+        return self.output_norm(x)
+
+    def forward(self, hidden, cache=None):
+        return self.output_projection(self.features(hidden, cache))
+
+    @torch.no_grad()
+    def start_from_head(self, head, keys):
+        """Start as the best decoder_dim-wide copy of the base model: its logits, from its hidden states.
+
+        head: the base's output weight (V, H). keys: a sample of hidden states (P, H). Among all rank-C maps M
+        the start minimises E|W(h - mean) - M(h - mean)|^2, with W centred over the vocabulary since softmax
+        ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
+        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections.
+        """
+        W, keys = head.float(), keys.float().to(head.device)
+        mean, C = keys.mean(0), self.sizes["decoder_dim"]
+        W = W - W.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(keys.T) + 1e-6 * torch.eye(len(mean), device=W.device))
+        values = values.clamp_min(values[-1] * 1e-6)
+        root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+        _, Q = torch.linalg.eigh(root @ (W.T @ W) @ root)
+        Q = Q[:, -C:]  # (H, C), or fewer columns where the base is narrower than the decoder
+        r = Q.shape[1]
+        project = self.input_projection
+        project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
+        project.weight[r:], project.bias[r:] = project.weight[r:] * 0.1, 0
+        self.output_projection.weight.zero_()
+        self.output_projection.weight[:, :r] = W @ root @ Q
+        self.output_projection.bias.copy_(W @ mean)
+        for block in self.blocks:
+            for layer in (block.out, block.mlp[-1]):
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def save(self, path):
+        torch.save({"sizes": self.sizes, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}, path)
+
+    @classmethod
+    def load(cls, path):
+        """Read a file that `save` wrote; it can hold tensors and plain numbers only."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        decoder = cls(**saved["sizes"])
+        decoder.load_state_dict(saved["weights"])
+        return decoder.eval()
+
+
+def merge_votes(tokens, weights):
+    """The same sparse distributions with every token once: weights (P, K) summed into one of its places, 0 in the rest."""
+    order = torch.argsort(tokens, dim=1, stable=True)
+    tokens, weights = tokens.gather(1, order), weights.gather(1, order)
+    run = torch.cumsum(F.pad((tokens[:, 1:] != tokens[:, :-1]).long(), (1, 0)), dim=1)
+    merged = torch.zeros_like(weights).scatter_add_(1, run, weights)
+    first = torch.zeros_like(tokens).scatter_(1, run, tokens)
+    return first, merged
+
+
+def _loss_sums(features, projection, tokens, weights, targets):
+    """Sums over P positions of the cross terms -sum(p log q) with the kNN distribution and with the next token."""
+    z = projection(features).float()
+    lse = torch.logsumexp(z, dim=-1)
+    to_neighbours = lse * weights.sum(1) - (weights * z.gather(1, tokens)).sum(1)
+    to_next = lse - z.gather(1, targets[:, None])[:, 0]
+    return to_neighbours.sum(), to_next.sum()
+
+
+def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
+    """(loss, kl, ce) in nats a position: loss = kl_weight * KL(kNN || memory) + (1 - kl_weight) * CE(next token).
+
+    features (P, C); projection maps them to logits (V); tokens and weights (P, K) are the sparse kNN
+    distributions; targets (P,) the next tokens. No (P, V) target exists, and logits exist for one block of
+    positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
+    """
+    P = len(targets)
+    rows = max(1, LOGITS_AT_ONCE // projection.out_features)
+    cross, ce = features.new_zeros(()), features.new_zeros(())
+    for i in range(0, P, rows):
+        block = (features[i:i + rows], projection, tokens[i:i + rows], weights[i:i + rows], targets[i:i + rows])
+        # With several blocks their logits are computed again in the backward pass instead of kept.
+        sums = _loss_sums(*block) if P <= rows else checkpoint(_loss_sums, *block, use_reentrant=False)
+        cross, ce = cross + sums[0], ce + sums[1]
+    _, merged = merge_votes(tokens, weights)
+    entropy = -torch.xlogy(merged, merged).sum()
+    kl, ce = (cross - entropy) / P, ce / P
+    return kl_weight * kl + (1 - kl_weight) * ce, kl.detach(), ce.detach()
+
+
+class TrainingLoss(nn.Module):
+    """memory_loss as a module, so that several processes can share its gradients."""
+
+    def __init__(self, decoder, kl_weight):
+        super().__init__()
+        self.decoder, self.kl_weight = decoder, kl_weight
+
+    def forward(self, hidden, real, tokens, weights, targets):
+        """hidden (B, T, H), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
+        features = self.decoder.features(hidden)[real]
+        return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight)
+
+
+def blend(base_logits, memory_logits, alpha, rule="logits"):
+    """Blended logits (..., V).
+
+    logits: (1 - alpha) * base + alpha * memory, the original demo's formula.
+    probabilities: log((1 - alpha) * softmax(base) + alpha * softmax(memory)), the paper's.
+    """
+    if rule == "logits":
+        return (1 - alpha) * base_logits + alpha * memory_logits
+    assert rule == "probabilities", rule
+    if alpha in (0, 1):
+        return torch.log_softmax(memory_logits if alpha else base_logits, dim=-1)
+    return torch.logaddexp(torch.log_softmax(base_logits, -1) + math.log(1 - alpha),
+                           torch.log_softmax(memory_logits, -1) + math.log(alpha))
+
+
+def sample(logits, temperature, top_k, generator=None):
+    """One token id from logits (V,), drawn among the top_k after dividing by temperature; temperature 0 takes the best."""
+    if temperature == 0:
+        return int(logits.argmax())
+    best, ids = torch.topk(logits, min(top_k, logits.shape[-1]))
+    weights = torch.softmax(best / temperature, dim=-1).cpu()
+    return int(ids[torch.multinomial(weights, 1, generator=generator)])
+
+
+@dataclass
+class Step:
+    """One generated token, as the page shows it."""
+
+    token: int
+    text: str  # what became visible: may be empty while a character or a stop text is incomplete
+    base: float  # probability of the token under the base model,
+    memory: float  # under the memory,
+    blended: float  # and under their blend, before temperature and top-k
+    hidden: torch.Tensor  # the query state (H,) float32, on the CPU
+
+
+class MemoryAugmentedLM:
+    """A frozen base model with a MemoryDecoder beside it."""
+
+    def __init__(self, base, decoder, header=""):
+        """header: what every prompt begins with; its states were no entries in training, so the memory skips them."""
+        if (decoder.sizes["hidden_size"], decoder.sizes["vocab_size"]) != (base.width, base.vocabulary):
+            raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
+                            f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
+        self.base, self.decoder = base, decoder.to(base.device).eval()
+        self.header = base.encode(header)
+
+    @torch.no_grad()
+    def steps(self, ids):
+        """A generator of (hidden (H,), base logits (V,), memory logits (V,)); send() it each next token id.
+
+        One base forward and one decoder forward for each token, both with caches.
+        """
+        cache, memory_cache = DynamicCache(config=self.base.model.config), DecoderCache()
+        new, skip = torch.tensor([ids]), min(shared_prefix(ids, self.header), len(ids) - 1)
+        while True:
+            hidden = self.base.hidden(new, cache)
+            features = self.decoder.features(hidden[:, skip:].float(), memory_cache)[:, -1]
+            token = yield hidden[0, -1], self.base.logits(hidden[0, -1]), self.decoder.output_projection(features)[0]
+            new, skip = torch.tensor([[token]]), 0
+
+    @torch.no_grad()
+    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", stops=(), seed=None):
+        """Yield a Step for each token that continues `prompt`, to EOS, a text in `stops`, or max_new_tokens.
+
+        Raises UserError when prompt and answer exceed the base model's positions.
+        """
+        base, ids = self.base, self.base.encode(prompt)
+        if len(ids) + max_new_tokens > base.max_positions:
+            raise UserError(f"The prompt has {len(ids)} tokens and the answer up to {max_new_tokens}, but {base.name} "
+                            f"reads at most {base.max_positions}; shorten the question or lower max new tokens.")
+        assert ids[0] == base.bos
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        decode, visible, steps = DecodeStream(skip_special_tokens=True), VisibleText(stops), self.steps(ids)
+        hidden, base_logits, memory_logits = next(steps)
+        for number in range(1, max_new_tokens + 1):
+            blended = blend(base_logits, memory_logits, alpha, rule)
+            token = sample(blended, temperature, top_k, generator)
+            ended = token == base.eos
+            text = visible.add("" if ended else decode.step(base.tokenizer.backend_tokenizer, token) or "")
+            last = ended or visible.stopped or number == max_new_tokens
+            chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory_logits, blended)]
+            yield Step(token, text + (visible.flush() if last else ""), *chances, hidden.float().cpu())
+            if last:
+                return
+            hidden, base_logits, memory_logits = steps.send(token)
+
+
+def file_checksum(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder):
+    """The manifest (config.json) of a folder of artefacts, after checking every file against its checksum.
+
+    Returns None if nothing has been trained there. Raises UserError for a damaged or missing file.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        return None
+    try:
+        manifest = json.loads((folder / "config.json").read_text())
+        files = manifest["files"]
+    except (ValueError, KeyError):
+        raise UserError(f"The manifest {folder / 'config.json'} is damaged; train again.") from None
+    for name, checksum in files.items():
+        if not (folder / name).exists():
+            raise UserError(f"The file {folder / name} is missing; train again.")
+        if file_checksum(folder / name) != checksum:
+            raise UserError(f"The file {folder / name} is damaged or from another training; train again.")
+    return manifest
+
+
+class VisibleText:
+    """Holds back what may be the beginning of a stop text, and cuts at the first whole one."""
+
+    def __init__(self, stops):
+        self.stops, self.held, self.stopped, self.begun = tuple(stops), "", False, False
+
+    def add(self, text):
+        """The text that may be shown now that `text` has been generated."""
+        self.held += text
+        if not self.begun:
+            self.held = self.held.lstrip()
+            self.begun = bool(self.held)
+        cuts = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if cuts:
+            self.held, self.stopped = self.held[:min(cuts)], True
+            return self.flush()
+        hold = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown, self.held = self.held[:len(self.held) - hold], self.held[len(self.held) - hold:]
+        return shown
+
+    def flush(self):
+        """What is still held back, once no more text can come."""
+        shown, self.held = self.held, ""
+        return shown

@@ -1,0 +1,486 @@
+"""Script 1: text -> datastore -> neighbours -> MemoryDecoder -> held-out report.
+
+    python train_memory_decoder.py --demo        # embedded model and data, no network
+    python train_memory_decoder.py               # google/gemma-2b and the legal Q&A dataset of the hub
+
+Every stage keeps its result under <output_dir>/stages, so a run that was stopped goes on where it was, and
+a stage whose inputs have not changed is not run again. Artefacts are replaced only when all is done.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import faiss
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+
+import evaluation
+from datastore import (BaseLM, Datastore, Template, UserError, build_index, choose_index, default_temperature, entries_of,
+                       find_neighbours, knn_weights, one_line, open_keys, pick_device, windows_of, write_keys)
+from memory_decoder import LOGITS_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
+
+HERE = Path(__file__).resolve().parent
+DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
+        "output_dir": str(HERE / "demo/trained_models"), "max_length": 512, "num_epochs": 6}
+ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
+            "positions": "last"}
+MOST_VALIDATION_ROWS = 200
+CHECKPOINT_SECONDS = 120
+
+
+def option(default, text, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Options:
+    base_model: str = option("google/gemma-2b", "causal language model: hub id or folder")
+    dataset: str = option("ibunescu/qa_legal_dataset_train", "hub id (split train), or a JSON, JSONL, CSV or Parquet file")
+    template: str = option("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}",
+                           "text of one row; the last field is the answer, the one before it what a user asks")
+    validation_dataset: str | None = option(None, "held-out rows, given as --dataset is; default: a share of the dataset")
+    validation_fraction: float = option(0.05, "share of the rows held out (at least 2 rows, at most 200)")
+    max_examples: int | None = option(None, "use only so many training rows")
+    max_length: int = option(128, "tokens the base model reads at once; longer texts are read in several windows")
+    positions: str = option("all", "'all' positions become entries, or the 'last' of each row", choices=["all", "last"])
+    k: int = option(32, "neighbours per entry (the original's K)")
+    index: str = option("auto", "faiss factory string, e.g. Flat or IVF1024,SQfp16; auto chooses by size")
+    knn_temperature: float | None = option(None, "of the kNN weights, in squared distance; inf: equal votes; "
+                                                 "default: half the median distance")
+    decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
+    context: int = option(128, "query states that attention reaches back; 1 reads each alone")
+    norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
+    head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
+    num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
+    decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
+    batch_size: int = option(16, "windows a step")
+    kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
+    output_dir: str = option("trained_models", "where the artefacts go")
+    dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"])
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    seed: int = option(0, "seed of weights, order and the held-out share")
+    demo: bool = option(False, "train on the embedded model and data: no network, no account")
+    original: bool = option(False, "the original demo's recipe as defaults: lr 1e-4, context 1, post-norm, random head, "
+                                   "equal votes, one entry a row")
+
+    def check(self):
+        """Raise UserError for a value that cannot work, before anything is loaded."""
+        for name in ("k", "decoder_dim", "context", "num_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_length < 8:
+            raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
+        if self.decoder_lr <= 0 or not 0 <= self.kl_weight <= 1 or not 0 < self.validation_fraction < 1:
+            raise UserError("--decoder_lr must be above 0, --kl_weight from 0 to 1, and --validation_fraction between 0 and 1.")
+        if self.knn_temperature is not None and not self.knn_temperature > 0:
+            raise UserError(f"--knn_temperature must be above 0, not {self.knn_temperature}.")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise UserError(f"--max_examples must be at least 1, not {self.max_examples}.")
+        MemoryDecoder(1, 1, self.decoder_dim, num_layers=0)
+
+
+def parse_options(arguments=None):
+    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for flag, defaults in (("--original", ORIGINAL), ("--demo", DEMO)):
+        if flag in arguments:
+            parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def read_rows(source, template):
+    """The rows of a hub dataset or local file as dicts of the template's fields; rows that lack a value are left out."""
+    path = Path(source)
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
+    try:
+        if path.is_file() and kind:
+            data = datasets.load_dataset(kind, data_files=str(path), split="train")
+        elif path.is_file() or path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
+            raise UserError(f"There is no JSON, JSONL, CSV or Parquet file {source}; check the path.")
+        else:
+            data = datasets.load_dataset(source, split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(explain_dataset_error(source, kind, error)) from None
+    missing = [name for name in template.fields if name not in data.column_names]
+    if missing:
+        raise UserError(f"The dataset {source} has no field {', '.join(missing)}; it has {', '.join(data.column_names)}. "
+                        "Name those you want with --template.")
+    rows = [{name: row[name] for name in template.fields} for row in data.select_columns(template.fields)]
+    rows = [row for row in rows if all(str(value if value is not None else "").strip() for value in row.values())]
+    if not rows:
+        raise UserError(f"The dataset {source} holds no row in which all of {', '.join(template.fields)} are filled.")
+    return rows
+
+
+def explain_dataset_error(source, local, error):
+    text = f"{error} {error.__cause__ or ''}".lower()
+    if local:
+        empty = Path(source).stat().st_size == 0
+        return f"The dataset file {source} is empty." if empty else f"The dataset file {source} cannot be read: {one_line(error)}"
+    if "doesn't exist" in text and "connect" not in text and "offline" not in text:
+        return f"There is no dataset {source} on the hub and no file of that name; check --dataset."
+    return (f"The dataset {source} is not on this machine and cannot be fetched from the hub; check its name and the network, "
+            f"or name a local file. ({one_line(error)[:120]})")
+
+
+def split_rows(options, template):
+    """(training rows, validation rows); those held out never enter the datastore."""
+    rows = read_rows(options.dataset, template)
+    order = np.random.default_rng(options.seed).permutation(len(rows))
+    if options.validation_dataset:
+        held = read_rows(options.validation_dataset, template)[:MOST_VALIDATION_ROWS]
+    else:
+        count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(rows))))
+        held, order = [rows[i] for i in order[:count]], order[count:]
+    kept = np.sort(order[:options.max_examples])
+    if len(kept) < 2 or len(held) < 2:
+        raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "
+                        "at least 2 of each are needed, since an example never learns from itself.")
+    return [rows[i] for i in kept], held
+
+
+class Stage:
+    """The files of one step, in a folder named by all that they depend on; done.json is written last."""
+
+    def __init__(self, root, name, inputs, parent=None):
+        text = json.dumps([parent.key if parent else None, inputs], sort_keys=True)
+        self.name, self.key = name, hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.path = root / f"{name}-{self.key}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+
+    @property
+    def done(self):
+        return (self.path / "done.json").exists()
+
+    @property
+    def facts(self):
+        return json.loads((self.path / "done.json").read_text())
+
+    def finish(self, **facts):
+        facts["seconds"] = round(time.monotonic() - self.began, 3)
+        write_atomically(self.path / "done.json", json.dumps(facts))
+
+
+def write_atomically(path, text):
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def plan(options, base, windows, entries, root):
+    """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string."""
+    free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(root).free
+    factory = choose_index(entries, base.width, free_memory // 2) if options.index == "auto" else options.index
+    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * base.width
+    index, keys = entries * (width + 8), entries * base.width * 2
+    disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
+    weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
+    memory = index + 16 * weights + 3 * 4 * LOGITS_AT_ONCE
+    tokens = sum(len(w.ids) for w in windows)
+    seconds = estimate_seconds(options, base, windows, tokens, entries, weights)
+    print(f"plan: {entries:,} entries of width {base.width}; index {factory}; disk {disk / 2**30:.2f} GiB of "
+          f"{free_disk / 2**30:.1f} free; memory {memory / 2**30:.2f} GiB beside the model of {free_memory / 2**30:.1f} free; "
+          f"about {max(1, round(seconds / 60))} min", flush=True)
+    if disk > free_disk:
+        raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {root} has {free_disk / 2**30:.2f}; lower "
+                        "--max_examples or --k, or name another --output_dir.")
+    if memory > free_memory:
+        raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory and {free_memory / 2**30:.2f} are free; lower "
+                        "--max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
+    return factory
+
+
+def estimate_seconds(options, base, windows, tokens, entries, weights):
+    """Seconds for all stages, by the pace of one measured forward pass and counts of multiplications."""
+    ids = torch.tensor([windows[-1].ids])
+    base.hidden(ids)
+    began = time.monotonic()
+    base.hidden(ids)
+    parameters = sum(p.numel() for p in base.decoder.parameters())
+    pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
+    searched = entries if entries <= 50_000 else entries / 16
+    return (2 * parameters * tokens + 6 * weights * entries * options.num_epochs + 2 * base.width * entries * searched) / pace
+
+
+def build_datastore(options, base, texts, windows, stage):
+    """Stage 1: keys.f16, values, where each entry comes from, and the texts."""
+    values, example, position, offsets = entries_of(windows)
+    if not stage.done:
+        np.save(stage.path / "datastore_values.npy", values)
+        np.savez(stage.path / "entries.npz", example=example, position=position, offsets=offsets)
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        (stage.path / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_keys(base, windows, offsets, stage.path / "keys.f16", options.batch_size)
+        stage.finish(entries=len(values))
+    return open_keys(stage.path / "keys.f16", base.width), values, example, position, offsets
+
+
+def build_neighbours(options, keys, values, example, position, texts, index_stage, neighbour_stage, factory):
+    """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore."""
+    if not index_stage.done:
+        index, mean = build_index(keys, factory, options.seed)
+        faiss.write_index(index, str(index_stage.path / "faiss_index.bin"))
+        np.savez(index_stage.path / "datastore_entries.npz", example=example, position=position, mean=mean)
+        index_stage.finish()
+    index = faiss.read_index(str(index_stage.path / "faiss_index.bin"))
+    mean = np.load(index_stage.path / "datastore_entries.npz")["mean"]
+    store = Datastore(index, mean, values, example, position, texts)
+    if not neighbour_stage.done:
+        find_neighbours(store, keys, options.k, neighbour_stage.path)
+        neighbour_stage.finish(recall=store.recall(keys, min(options.k, len(store))))
+    print(f"neighbours: recall@{options.k} of the index against exact search {neighbour_stage.facts['recall']:.3f}", flush=True)
+    return store
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """Lists of window numbers for one epoch: shuffled, yet with windows of like length together to save padding."""
+    rng = np.random.default_rng([seed, epoch])
+    order, pool = rng.permutation(len(lengths)), 32 * batch_size
+    batches = []
+    for i in range(0, len(order), pool):
+        part = order[i:i + pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[j:j + batch_size] for j in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Batches:
+    """Training tensors by window numbers, read from the memory-mapped keys and neighbours."""
+
+    def __init__(self, keys, values, offsets, folder, temperature):
+        self.keys, self.values, self.offsets, self.temperature = keys, values, offsets, temperature
+        self.D = np.load(folder / "neighbours_D.npy", mmap_mode="r")
+        self.I = np.load(folder / "neighbours_I.npy", mmap_mode="r")
+
+    def __call__(self, numbers, device):
+        """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
+        spans = [slice(self.offsets[b], self.offsets[b + 1]) for b in numbers]
+        hidden = pad_sequence([torch.from_numpy(self.keys[s].astype(np.float32)) for s in spans], batch_first=True)
+        lengths = torch.tensor([s.stop - s.start for s in spans])
+        rows = np.concatenate([np.arange(s.start, s.stop) for s in spans])
+        weights = knn_weights(self.D[rows], self.temperature).astype(np.float32)
+        arrays = (self.values[self.I[rows]].astype(np.int64), weights, self.values[rows].astype(np.int64))
+        real = torch.arange(hidden.shape[1]) < lengths[:, None]
+        return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
+
+
+def train_decoder(options, base, keys, values, offsets, neighbour_stage, stage, accelerator):
+    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
+    batches = Batches(keys, values, offsets, neighbour_stage.path, stage_temperature(options, neighbour_stage))
+    torch.manual_seed(options.seed)
+    decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
+                            norm_first=options.norm == "pre")
+    if options.head_init == "base":
+        picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
+        decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))
+    lengths = np.diff(offsets)
+    world = accelerator.num_processes
+    per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
+    model = TrainingLoss(decoder, options.kl_weight)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=0.01)
+    total = per_epoch * options.num_epochs
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    step, losses = load_checkpoint(stage, decoder, optimizer, schedule, accelerator.device)
+    saved_at = time.monotonic()
+    with tqdm(total=total, initial=step, desc="decoder", unit="step", disable=not accelerator.is_main_process) as bar:
+        while step < total:
+            epoch, number = divmod(step, per_epoch)
+            if number == 0 or step == bar.initial:
+                order = epoch_batches(lengths, options.batch_size, options.seed, epoch)
+            numbers = order[(number * world + accelerator.process_index) % len(order)]
+            loss, kl, ce = model(*batches(numbers, accelerator.device))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if step % 10 == 0 or step == total:
+                losses.append([step, loss.item(), kl.item(), ce.item()])
+                bar.set_postfix(loss=f"{losses[-1][1]:.3f}", kl=f"{losses[-1][2]:.3f}", ce=f"{losses[-1][3]:.3f}", refresh=False)
+            if accelerator.is_main_process and (step % per_epoch == 0 or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+                save_checkpoint(stage, decoder, optimizer, schedule, step, losses)
+                saved_at = time.monotonic()
+    if accelerator.is_main_process:
+        decoder.save(stage.path / "memory_decoder.pt")
+        stage.finish(losses=losses)
+        (stage.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def stage_temperature(options, neighbour_stage):
+    if options.knn_temperature is not None:
+        return options.knn_temperature
+    return default_temperature(np.load(neighbour_stage.path / "neighbours_D.npy", mmap_mode="r"))
+
+
+def save_checkpoint(stage, decoder, optimizer, schedule, step, losses):
+    state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+             "step": step, "losses": losses}
+    torch.save(state, stage.path / "checkpoint.part")
+    os.replace(stage.path / "checkpoint.part", stage.path / "checkpoint.pt")
+
+
+def load_checkpoint(stage, decoder, optimizer, schedule, device):
+    """(steps done, losses so far) after restoring a checkpoint, if there is one."""
+    if not (stage.path / "checkpoint.pt").exists():
+        return 0, []
+    state = torch.load(stage.path / "checkpoint.pt", map_location=device, weights_only=True)
+    decoder.load_state_dict(state["decoder"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"], state["losses"]
+
+
+def peak_memory():
+    """Most bytes of memory this process has held."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def make_report(options, base, store, held_windows, stages, factory):
+    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, and prints the table."""
+    *earlier, decoder_stage, report_stage = stages
+    if not report_stage.done:
+        decoder = MemoryDecoder.load(decoder_stage.path / "memory_decoder.pt")
+        temperature = stage_temperature(options, earlier[-1])
+        # Equal votes have no temperature to vary, so kNN-LM is compared at the usual one.
+        reference = temperature if math.isfinite(temperature) else default_temperature(np.load(earlier[-1].path / "neighbours_D.npy", mmap_mode="r"))
+        scores = evaluation.score_positions(base, decoder, store, held_windows, options.k, reference, options.batch_size)
+        metrics = evaluation.summarise(scores, reference)
+        seconds = {stage.name: stage.facts["seconds"] for stage in (*earlier, decoder_stage)}
+        seconds["report"] = round(time.monotonic() - report_stage.began, 3)
+        metrics |= {"entries": len(store), "k": options.k, "index": factory, "index_recall": earlier[-1].facts["recall"],
+                    "training_knn_temperature": temperature if math.isfinite(temperature) else "inf",
+                    "seconds": seconds, "peak_memory_bytes": peak_memory()}
+        evaluation.write_report(metrics, decoder_stage.facts["losses"], report_stage.path)
+        report_stage.finish()
+    metrics = json.loads((report_stage.path / "metrics.json").read_text())
+    print("\n" + evaluation.report_table(metrics), flush=True)
+    return metrics
+
+
+def publish(options, base, template, metrics, stages, output):
+    """Put the artefacts in place and the manifest last; earlier stages' folders of other settings are then removed."""
+    datastore_stage, index_stage, _, decoder_stage, report_stage = stages
+    sources = {"memory_decoder.pt": decoder_stage, "faiss_index.bin": index_stage, "datastore_entries.npz": index_stage,
+               "datastore_values.npy": datastore_stage, "examples.jsonl": datastore_stage,
+               **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"), report_stage)}
+    checksums = {}
+    for name, stage in sources.items():
+        part = output / f"{name}.part"
+        shutil.copyfile(stage.path / name, part)
+        checksums[name] = file_checksum(part)
+    manifest = {
+        "base_model": base.name, "base_fingerprint": base.fingerprint, "dtype": options.dtype, "template": template.pattern,
+        "base_revision": getattr(base.model.config, "_commit_hash", None), "chosen": metrics["chosen"],
+        "entries": metrics["entries"], "k": options.k, "files": checksums,
+        "options": {name: str(value) if value == math.inf else value for name, value in dataclasses.asdict(options).items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
+    }
+    (output / "config.json").unlink(missing_ok=True)  # a kill between two replacements must not look whole
+    for name in sources:
+        os.replace(output / f"{name}.part", output / name)
+    write_atomically(output / "config.json", json.dumps(manifest, indent=2) + "\n")
+    for folder in output.joinpath("stages").iterdir():
+        if folder not in [stage.path for stage in stages]:
+            shutil.rmtree(folder)
+
+
+def run(options):
+    """All stages; raises UserError for whatever the user can mend."""
+    options.check()
+    accelerator = Accelerator(cpu=pick_device(options.device) == "cpu")
+    template = Template(options.template)
+    rows, held = split_rows(options, template)
+    base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if options.device == "auto" else options.device)
+    if options.max_length > base.max_positions:
+        raise UserError(f"--max_length {options.max_length} is more than the {base.max_positions} positions of {base.name}.")
+    texts, held_texts = ([template.render(row) for row in part] for part in (rows, held))
+    windows = windows_of(base, texts, template, options.max_length, options.positions)
+    held_windows = windows_of(base, held_texts, template, options.max_length)
+    most, entries = check_counts(options, windows)
+
+    output = Path(options.output_dir)
+    root = output / "stages"
+    root.mkdir(parents=True, exist_ok=True)
+    factory = plan(options, base, windows, entries, root)
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    held_digest = hashlib.sha256("\0".join(held_texts).encode()).hexdigest()
+    chosen = dataclasses.asdict(options)
+    stages = [Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest, options.max_length, options.positions,
+                                        options.batch_size, template.pattern])]
+    stages.append(Stage(root, "index", [factory, options.seed], stages[-1]))
+    stages.append(Stage(root, "neighbours", [options.k], stages[-1]))
+    stages.append(Stage(root, "decoder", {name: str(chosen[name]) for name in (
+        "decoder_dim", "context", "norm", "head_init", "num_epochs", "decoder_lr", "batch_size", "kl_weight", "knn_temperature",
+        "seed")}, stages[-1]))
+    stages.append(Stage(root, "report", [held_digest], stages[-1]))
+    run_stages(options, base, template, texts, windows, held_windows, stages, factory, output, accelerator)
+
+
+def run_stages(options, base, template, texts, windows, held_windows, stages, factory, output, accelerator):
+    with accelerator.main_process_first():
+        keys, values, example, position, offsets = build_datastore(options, base, texts, windows, stages[0])
+        store = build_neighbours(options, keys, values, example, position, texts, stages[1], stages[2], factory)
+    if not stages[3].done:
+        train_decoder(options, base, keys, values, offsets, stages[2], stages[3], accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        metrics = make_report(options, base, store, held_windows, stages, factory)
+        publish(options, base, template, metrics, stages, output)
+        flag = " --demo" if options.demo and options.output_dir == DEMO["output_dir"] else f" --model_dir {output}"
+        print(f"\nsaved in {output}; chat with it: python app.py{'' if str(output) == 'trained_models' else flag}")
+
+
+def check_counts(options, windows):
+    """(most entries of one example, entries); K neighbours must exist outside every example."""
+    _, example, _, offsets = entries_of(windows)
+    entries = int(offsets[-1])
+    most = int(np.bincount(example).max()) if entries else 0
+    if options.k > entries - most:
+        raise UserError(f"K is {options.k}, but only {max(0, entries - most)} of the {entries} entries lie outside the longest "
+                        "example; lower --k or use more rows.")
+    return most, entries
+
+
+def main():
+    options = parse_options()
+    try:
+        run(options)
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+            raise
+        sys.exit(fail("There is not enough memory; lower --batch_size, then --max_length, --max_examples or --decoder_dim."))
+
+
+def fail(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
