@@ -1,0 +1,231 @@
+"""Script 2: chat in the browser with the base model and its memory, blended by as much as the slider says.
+
+    python app.py --demo                          # what `train_memory_decoder.py --demo` made
+    python app.py --model_dir trained_models
+"""
+
+import html
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import torch
+from transformers import HfArgumentParser
+
+from datastore import BaseLM, Datastore, Template, UserError
+from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifest
+
+HERE = Path(__file__).resolve().parent
+DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model")}
+QUESTIONS = [
+    "My landlord has not returned my security deposit. What can I do?",
+    "Can my boss refuse to pay me overtime?",
+    "A debt collector keeps calling me at work. Can I make it stop?",
+    "Do I need a lawyer to write a will?",
+]
+# Name, lowest, highest: also enforced for values that arrive through the API.
+RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}
+SNIPPET = 40  # tokens of a passage shown before the remembered position
+CSS = """
+.passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em 0; font-size: .92em; }
+.passage mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px; font-weight: 600; }
+.passage small { color: var(--body-text-color-subdued); display: block; }
+"""
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Options:
+    model_dir: str = option("trained_models", "folder that train_memory_decoder.py wrote")
+    base_model: str | None = option(None, "where the base model is now, if not where it was in training")
+    server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network")
+    server_port: int | None = option(None, "port; default: the first free one from 7860")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    demo: bool = option(False, "open what train_memory_decoder.py --demo made")
+
+
+def parse_options(arguments=None):
+    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--demo" in arguments:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+class Chat:
+    """What the page asks: answers in a stream, and the passages that an answer's memories come from."""
+
+    def __init__(self, model, store, template, chosen):
+        self.model, self.store, self.template, self.chosen = model, store, template, chosen
+
+    @classmethod
+    def open(cls, options, manifest):
+        """Load everything the manifest names; raises UserError if the base model is not the one trained with."""
+        base = BaseLM.load(options.base_model or manifest["base_model"], manifest["dtype"], options.device)
+        if base.fingerprint != manifest["base_fingerprint"]:
+            raise UserError(f"The base model {base.name} is not the one this memory was trained with "
+                            f"({manifest['base_model']}); name that one with --base_model or train again.")
+        template = Template(manifest["template"])
+        decoder = MemoryDecoder.load(Path(options.model_dir) / "memory_decoder.pt")
+        model = MemoryAugmentedLM(base, decoder, header=template.prompt("").split("\n")[0].rstrip())
+        return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"])
+
+    def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule):
+        """Yield (answer so far, tokens with how much the memory raised or lowered each, passages as HTML)."""
+        try:
+            check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k)
+            prompt = self.prompt(message.strip(), turns_of(history), int(max_new_tokens))
+            answer, tokens, states = "", [], []
+            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops):
+                answer += step.text
+                tokens.append((step.text, step.memory - step.base))
+                states = [*states, step.hidden][-int(k):]
+                yield answer, merge_tokens(tokens), gr.skip()
+        except UserError as error:
+            raise gr.Error(str(error), title="Please change one thing", print_exception=False) from None
+        yield answer or "*(The model ended its answer at once; ask in other words or change alpha.)*", merge_tokens(tokens), \
+            self.passages(torch.stack(states), int(k))
+
+    def prompt(self, message, turns, max_new_tokens):
+        """The text to continue: as many earlier turns as the base model's positions allow, then the message."""
+        base = self.model.base
+        while turns and len(base.encode(self.template.prompt(message, turns))) + max_new_tokens > base.max_positions:
+            turns = turns[1:]
+        return self.template.prompt(message, turns)
+
+    def passages(self, states, k):
+        """HTML of the K nearest entries of the last query states (Q, H), the nearest of each example only."""
+        D, I = self.store.search(states.numpy(), min(k, len(self.store)))
+        nearest = {}
+        for distance, entry in sorted((float(d), int(i)) for d, i in zip(D.flat, I.flat, strict=True) if i >= 0):
+            nearest.setdefault(int(self.store.example[entry]), (distance, entry))
+        return "".join(self.passage(distance, entry) for distance, entry in list(nearest.values())[:k])
+
+    def passage(self, distance, entry):
+        """One source text up to the remembered position, the token that came next marked."""
+        base, text = self.model.base, self.store.texts[self.store.example[entry]]
+        ids, here = base.encode(text, end=True), int(self.store.position[entry]) + 1
+        start = max(1, here - SNIPPET)
+        before, token, after = (base.tokenizer.decode(part, skip_special_tokens=True)
+                                for part in (ids[start:here], ids[here:here + 1], ids[here + 1:here + 12]))
+        dots = "" if start == 1 else "… "
+        title = text.split("\n")[0]
+        return (f'<div class="passage">{dots}{html.escape(before)}<mark>{html.escape(token) or "(end)"}</mark>{html.escape(after)}'
+                f"<small>{html.escape(title[:120])} · squared distance {distance:.3g}</small></div>")
+
+
+def check_request(message, rule, **values):
+    """Raise UserError for a message or a value that no slider would give."""
+    if not isinstance(message, str) or not message.strip():
+        raise UserError("Type a question first.")
+    if rule not in RULES:
+        raise UserError(f"The blend rule is {' or '.join(RULES)}, not {rule}.")
+    for name, value in values.items():
+        low, high = RANGES[name]
+        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            raise UserError(f"{name} must be from {low} to {high}, not {value}.")
+
+
+def turns_of(history):
+    """(message, answer) pairs of Gradio's message list, whose content is text or a list of blocks."""
+    turns, question = [], None
+    for item in history or []:
+        content = item["content"]
+        if not isinstance(content, str):
+            content = "".join(block if isinstance(block, str) else block.get("text", "") for block in content)
+        if item["role"] == "user":
+            question = content
+        elif question is not None:
+            turns.append((question, content))
+            question = None
+    return turns
+
+
+def merge_tokens(tokens):
+    """Tokens for the page, joined where the first of them shows no text yet."""
+    shown, pending = [], 0.0
+    for text, change in tokens:
+        pending += change
+        if text:
+            shown.append((text, max(-1.0, min(1.0, pending))))
+            pending = 0.0
+    return shown
+
+
+def slider(name, value, step, label, info):
+    low, high = RANGES[name]
+    return gr.Slider(low, high, value=value, step=step, label=label, info=info, elem_id=name)
+
+
+def build_page(chat):
+    """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
+    with gr.Blocks(title="Memory Decoder") as page:
+        gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
+                    f"{len(chat.store.texts):,} texts ({len(chat.store):,} entries). General information, not legal advice.")
+        with gr.Row():
+            left = gr.Column(scale=3)
+            with gr.Column(scale=2):
+                chosen = chat.chosen
+                inputs = [
+                    slider("alpha", chosen.get("alpha_logits", 0.5), 0.01, "alpha",
+                           "0: base model alone, 1: memory alone. Chosen in training: "
+                           f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
+                    slider("temperature", 0.7, 0.01, "temperature", "0: always the most probable token"),
+                    slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
+                    slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
+                    slider("k", 8, 1, "K", "neighbours shown below"),
+                    gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
+                ]
+                tokens = gr.HighlightedText(label="What the memory changed: its probability minus the base's, token by token",
+                                            color_map={}, show_legend=False, elem_id="tokens")
+                gr.Markdown("**Passages its memories come from** (nearest entries of the answer's last positions)")
+                passages = gr.HTML(elem_id="passages")
+        with left:
+            gr.ChatInterface(
+                chat.answer, chatbot=gr.Chatbot(height=560, label="chat", buttons=["copy", "copy_all"], elem_id="chat"),
+                additional_inputs=inputs, additional_outputs=[tokens, passages], editable=True, examples=[[q] for q in QUESTIONS],
+                run_examples_on_click=True, cache_examples=False, concurrency_limit=1, api_name="chat")
+    return page
+
+
+def untrained_page(options):
+    command = "python train_memory_decoder.py" + (" --demo" if options.demo else "")
+    with gr.Blocks(title="Memory Decoder") as page:
+        gr.Markdown(f"## Nothing is trained yet\nThere is no memory in `{options.model_dir}`. Run\n\n    {command}\n\n"
+                    "and start this page again. Without a GPU, account or network, add `--demo` to both commands.")
+    return page
+
+
+def main():
+    options = parse_options()
+    try:
+        manifest = read_manifest(options.model_dir)
+        page = build_page(Chat.open(options, manifest)) if manifest else untrained_page(options)
+        if not manifest:
+            print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
+        page.queue(max_size=16)
+        page.launch(server_name=options.server_name, server_port=options.server_port, share=False, css=CSS,
+                    theme=gr.themes.Soft(), enable_monitoring=False, footer_links=["api"], max_file_size=1)
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except OSError as error:
+        if "port" not in str(error).lower():
+            raise
+        sys.exit(fail(f"Port {options.server_port} is in use; name another with --server_port."))
+
+
+def fail(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
