@@ -1,0 +1,26 @@
+# make demo: install, train on the embedded default, open the chat.    make test: install, lint, test.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test bench
+demo: .venv/runtime
+	$(BIN)/python train_memory_decoder.py --demo
+	$(BIN)/python app.py --demo
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+bench: .venv/runtime
+	$(BIN)/python benchmarks/speed.py
+
+.venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@
