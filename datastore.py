@@ -386,8 +386,8 @@ def knn_weights(D, temperature):
     Khandelwal et al. 2020, equation 2. An infinite distance has weight 0.
     """
     found = np.isfinite(D)
-    scores = np.where(found, -np.where(found, D - D.min(1, keepdims=True, initial=np.inf, where=found), 0) / temperature, -np.inf)
-    weights = np.exp(scores) * found
+    nearest = D.min(axis=1, keepdims=True, initial=np.finfo(np.float32).max)  # subtracted so that exp cannot underflow
+    weights = np.exp(-(np.where(found, D, nearest) - nearest) / temperature) * found
     return weights / np.maximum(weights.sum(1, keepdims=True), 1e-12)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers.decoders import DecodeStream
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -265,13 +264,13 @@ class MemoryAugmentedLM:
                             f"reads at most {base.max_positions}; shorten the question or lower max new tokens.")
         assert ids[0] == base.bos
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        decode, visible, steps = DecodeStream(skip_special_tokens=True), VisibleText(stops), self.steps(ids)
+        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(stops), self.steps(ids)
         hidden, base_logits, memory_logits = next(steps)
         for number in range(1, max_new_tokens + 1):
             blended = blend(base_logits, memory_logits, alpha, rule)
             token = sample(blended, temperature, top_k, generator)
             ended = token == base.eos
-            text = visible.add("" if ended else decode.step(base.tokenizer.backend_tokenizer, token) or "")
+            text = visible.add("" if ended else decoded.add(token))
             last = ended or visible.stopped or number == max_new_tokens
             chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory_logits, blended)]
             yield Step(token, text + (visible.flush() if last else ""), *chances, hidden.float().cpu())
@@ -305,6 +304,26 @@ def read_manifest(folder):
         if file_checksum(folder / name) != checksum:
             raise UserError(f"The file {folder / name} is damaged or from another training; train again.")
     return manifest
+
+
+class DecodedText:
+    """Turns tokens into text as they come, in whole characters.
+
+    tokenizers.decoders.DecodeStream does the same but raises on bytes that are no UTF-8, which a model may well sample.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.text, self.waiting = tokenizer, [], "", 0
+
+    def add(self, token):
+        """The text that this token completes; "" while a character of several bytes is incomplete."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.waiting += 1
+        if text.endswith("\ufffd") and self.waiting < 4:  # no character has more than four bytes
+            return ""
+        new, self.text, self.waiting = text[len(self.text):], text, 0
+        return new
 
 
 class VisibleText:

@@ -1,0 +1,260 @@
+import faiss
+import numpy as np
+import pytest
+import torch
+from conftest import ROWS, make_tiny_gemma
+
+import datastore
+from datastore import (
+    BaseLM,
+    Datastore,
+    Template,
+    UserError,
+    build_index,
+    choose_index,
+    default_temperature,
+    entries_of,
+    find_neighbours,
+    hidden_batches,
+    knn_weights,
+    make_windows,
+    open_keys,
+    windows_of,
+    write_keys,
+)
+
+TEMPLATE = Template("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
+TEXTS = [TEMPLATE.render(row) for row in ROWS[:6]]
+
+
+def keys_on_disk(base, windows, path, batch_size=4):
+    write_keys(base, windows, entries_of(windows)[3], path, batch_size)
+    return open_keys(path, base.width)
+
+
+def random_store(count=500, width=16, examples=25, factory="Flat", seed=0):
+    """(store, keys): entries with keys around a large common offset, several of them equal."""
+    rng = np.random.default_rng(seed)
+    keys = (20 + rng.standard_normal((count, width))).astype(np.float16)
+    keys[::7] = keys[0]
+    index, mean = build_index(keys, factory)
+    example = np.sort(rng.integers(examples, size=count)).astype(np.int32)
+    values = rng.integers(100, size=count).astype(np.int32)
+    return Datastore(index, mean, values, example, np.arange(count), []), keys
+
+
+def test_a_template_fills_its_fields_and_strips_them():
+    assert TEMPLATE.render({"Title": " a ", "Question": "b\n", "Answer": "c"}) == "Title: a\nQuestion: b\nAnswer: c"
+    assert TEMPLATE.fields == ["Title", "Question", "Answer"]
+
+
+def test_a_prompt_is_the_beginning_of_a_text_without_the_fields_a_chat_does_not_have():
+    assert TEMPLATE.prompt("Why?") == "Question: Why?\nAnswer:"
+    assert TEMPLATE.prompt("And now?", [("Why?", "So.")]) == "Question: Why?\nAnswer: So.\nQuestion: And now?\nAnswer:"
+    whole = Template("Q: {q}\nA: {a}")
+    assert whole.render({"q": "Why?", "a": "So."}).startswith(whole.prompt("Why?"))
+
+
+def test_the_header_of_a_next_turn_ends_an_answer():
+    assert TEMPLATE.stops == ["\nQuestion:", "\nTitle:"]
+
+
+@pytest.mark.parametrize("pattern", ["no field at all", "a {broken", ""])
+def test_a_template_that_cannot_work_is_refused_in_words(pattern):
+    with pytest.raises(UserError, match="template"):
+        Template(pattern)
+
+
+@pytest.mark.parametrize("length", [5, 31, 32, 33, 80, 200])
+@pytest.mark.parametrize("skip", [1, 3])
+def test_windows_make_exactly_one_entry_of_every_position_with_its_own_next_token(length, skip):
+    ids = [2, *range(100, 100 + length - 1)]
+    windows = make_windows(0, ids, 32, skip)
+    values, _, position, offsets = entries_of(windows)
+    assert sorted(position) == list(range(skip, length - 1))
+    assert [ids[p + 1] for p in position] == values.tolist()
+    assert all(len(w.ids) <= 32 and w.ids[0] == 2 for w in windows)
+    assert offsets[-1] == len(values)
+
+
+def test_windows_after_the_first_have_context():
+    _, second, *_ = make_windows(0, [2, *range(100, 200)], 32, 1)
+    assert second.skip == 9  # BOS and a quarter of a window
+
+
+def test_positions_whose_prefix_is_only_template_are_no_entries(base):
+    windows = windows_of(base, TEXTS, TEMPLATE, 512)
+    _, _, position, _ = entries_of(windows)
+    assert position.min() == len(base.encode("Title:"))
+
+
+def test_last_gives_one_entry_a_row(base):
+    windows = windows_of(base, TEXTS, TEMPLATE, 64, "last")
+    values, example, position, _ = entries_of(windows)
+    assert sorted(example) == list(range(len(TEXTS)))
+    ids = [base.encode(text, end=True)[:64] for text in TEXTS]
+    assert [ids[e][-1] for e in example] == values.tolist() and set(position) == {62}
+
+
+def test_windows_come_longest_first(base):
+    lengths = [len(w.ids) for w in windows_of(base, TEXTS, TEMPLATE, 100)]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_names_of_special_tokens_in_a_text_are_plain_text(base):
+    assert base.encode("a <eos> b").count(base.eos) == 0
+    assert base.encode("a", end=True)[0] == base.bos and base.encode("a", end=True)[-1] == base.eos
+
+
+def test_hidden_states_give_the_models_own_logits(base):
+    ids = torch.tensor([base.encode(TEXTS[0])[:40]])
+    torch.testing.assert_close(base.logits(base.hidden(ids)), base.model(ids).logits)
+
+
+def test_keys_in_batches_equal_keys_one_by_one(base):
+    windows = windows_of(base, TEXTS, TEMPLATE, 64)
+    batched = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 5)])
+    single = torch.cat([base.hidden(torch.tensor([w.ids]))[0, w.skip:-1] for w in windows])
+    torch.testing.assert_close(batched, single, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 70, 64 * 37, 64 * 150 + 3])
+def test_keys_of_a_run_that_was_killed_go_on_where_it_stopped(base, tmp_path, bytes_left):
+    windows = windows_of(base, TEXTS[:3], TEMPLATE, 64)
+    whole = np.array(keys_on_disk(base, windows, tmp_path / "whole"))
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:bytes_left])
+    np.testing.assert_array_equal(keys_on_disk(base, windows, tmp_path / "cut"), whole)
+
+
+def test_complete_keys_are_not_computed_again(base, tmp_path, monkeypatch):
+    windows = windows_of(base, TEXTS[:2], TEMPLATE, 64)
+    whole = np.array(keys_on_disk(base, windows, tmp_path / "keys"))
+    monkeypatch.setattr(BaseLM, "hidden", lambda *_: pytest.fail("the base model ran"))
+    np.testing.assert_array_equal(keys_on_disk(base, windows, tmp_path / "keys"), whole)
+
+
+def test_bfloat16_models_give_finite_half_precision_keys(tiny_gemma, base, tmp_path):
+    low = BaseLM.load(str(tiny_gemma), dtype="bfloat16", device="cpu")
+    windows = windows_of(low, TEXTS[:1], TEMPLATE, 64)
+    near, exact = keys_on_disk(low, windows, tmp_path / "low"), keys_on_disk(base, windows, tmp_path / "base")
+    cosine = (near.astype(np.float32) * exact).sum(1) / np.linalg.norm(near, axis=1) / np.linalg.norm(exact.astype(np.float32), axis=1)
+    assert cosine.mean() > 0.99
+
+
+def test_search_finds_what_brute_force_finds_despite_a_large_common_offset():
+    store, keys = random_store()
+    queries = keys[:300].astype(np.float32)
+    D, I = store.search(queries, 9)
+    exact = ((queries[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
+    np.testing.assert_allclose(D, np.sort(exact, 1)[:, :9], atol=1e-3)
+    np.testing.assert_allclose(np.take_along_axis(exact, I, 1), D, atol=1e-3)
+
+
+def test_one_query_and_many_queries_find_the_same():
+    store, keys = random_store()
+    many, _ = store.search(keys[:40], 5)
+    one, _ = store.search(keys[3:4], 5)
+    np.testing.assert_allclose(one[0], many[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
+def test_neighbours_leave_out_the_own_example_however_often_keys_repeat(factory):
+    store, keys = random_store(factory=factory)
+    if factory != "Flat":
+        faiss.extract_index_ivf(store.index).nprobe = 8
+    D, I = store.search_others(keys, store.example, 12)
+    exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
+    exact[store.example[:, None] == store.example[None]] = np.inf
+    assert (store.example[I] != store.example[:, None]).all()
+    np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
+
+
+def test_neighbours_that_an_index_cannot_find_are_marked():
+    store, keys = random_store(count=300, examples=2, factory="IVF32,Flat")
+    faiss.extract_index_ivf(store.index).nprobe = 1
+    D, I = store.search_others(keys, store.example, 100)
+    assert (I < 0).any() and (np.isinf(D) == (I < 0)).all()
+    assert np.isfinite(knn_weights(D, 1.0)).all()
+
+
+def test_neighbour_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(datastore, "SEARCH_CHUNK", 128)
+    store, keys = random_store()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    find_neighbours(store, keys, 5, whole)
+    real, calls = store.search_others, []
+
+    def search_twice(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "search_others", search_twice)
+    with pytest.raises(KeyboardInterrupt):
+        find_neighbours(store, keys, 5, cut)
+    calls.extend([1, 1, 1])
+    find_neighbours(store, keys, 5, cut)
+    assert len(calls) == 8  # two chunks, the interrupted one, three of ours, and only the two chunks left
+    np.testing.assert_array_equal(np.load(cut / "neighbours_I.npy"), np.load(whole / "neighbours_I.npy"))
+
+
+def test_recall_is_one_for_an_exact_index_and_less_for_a_coarse_one():
+    store, keys = random_store(count=2000)
+    coarse, _ = random_store(count=2000, factory="IVF64,Flat")
+    faiss.extract_index_ivf(coarse.index).nprobe = 1
+    assert store.recall(keys, 10) > 0.9  # equal keys may change places
+    assert coarse.recall(keys, 10) < store.recall(keys, 10)
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "IVF100000,Flat"])
+def test_an_index_that_faiss_cannot_build_is_refused_in_words(factory):
+    with pytest.raises(UserError, match="faiss cannot build"):
+        build_index(np.zeros((50, 8), np.float16), factory)
+
+
+def test_the_index_gets_smaller_numbers_as_memory_gets_scarce():
+    assert choose_index(10_000, 256, 2**40) == "Flat"
+    assert choose_index(1_000_000, 256, 2**40) == "IVF4000,SQfp16"
+    assert choose_index(1_000_000, 2048, 2**30) == "PCA256,IVF4000,SQ8"
+
+
+def test_weights_are_a_softmax_of_negative_distances():
+    D = np.random.default_rng(0).random((4, 6)) * 5
+    np.testing.assert_allclose(knn_weights(D, 2.0), torch.softmax(torch.from_numpy(-D / 2), 1).numpy())
+
+
+def test_infinite_temperature_gives_equal_votes_and_missing_neighbours_none():
+    weights = knn_weights(np.array([[1.0, 50.0, np.inf], [np.inf] * 3]), np.inf)
+    np.testing.assert_allclose(weights, [[0.5, 0.5, 0], [0, 0, 0]])
+
+
+def test_weights_survive_huge_distances():
+    np.testing.assert_allclose(knn_weights(np.array([[1e7, 1e7 + 1]]), 0.1), [[1, 0]], atol=1e-4)
+
+
+def test_the_default_temperature_is_half_the_median_distance():
+    assert default_temperature(np.array([[1.0, 2.0, 9.0], [np.inf, 2.0, 2.0]])) == 1.0
+
+
+def test_models_are_told_apart_by_their_weights_and_not_by_their_dtype(tiny_gemma, base, tmp_path):
+    same = BaseLM.load(str(tiny_gemma), dtype="bfloat16", device="cpu")
+    other = BaseLM.load(str(make_tiny_gemma(tmp_path, seed=1)), device="cpu")
+    assert same.fingerprint == base.fingerprint != other.fingerprint
+
+
+def test_entries_trace_back_to_their_text(trained, tiny_gemma, base):
+    store = Datastore.open(trained)
+    for entry in range(0, len(store), 97):
+        ids = base.encode(store.texts[store.example[entry]], end=True)
+        assert ids[store.position[entry] + 1] == store.values[entry]
+
+
+def test_a_stored_key_finds_its_own_entry(trained, base):
+    store = Datastore.open(trained)
+    ids = base.encode(store.texts[0], end=True)
+    hidden = base.hidden(torch.tensor([ids[:60]]))[0]
+    D, I = store.search(hidden[50:51].numpy(), 1)
+    assert D[0, 0] < 1e-2
+    assert (store.example[I[0, 0]], store.position[I[0, 0]]) == (0, 50)

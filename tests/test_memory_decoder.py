@@ -1,0 +1,305 @@
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memory_decoder
+from datastore import UserError
+from memory_decoder import (
+    DecoderCache,
+    MemoryAugmentedLM,
+    MemoryDecoder,
+    VisibleText,
+    blend,
+    memory_loss,
+    merge_votes,
+    read_manifest,
+    sample,
+)
+
+
+def make_decoder(seed=0, hidden=32, vocab=512, **sizes):
+    torch.manual_seed(seed)
+    return MemoryDecoder(hidden, vocab, **{"decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}).eval()
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    decoder = make_decoder(context=6)
+    torch.nn.init.normal_(decoder.output_projection.weight)
+    return MemoryAugmentedLM(base, decoder)
+
+
+def sparse_case(P=12, K=5, V=40, C=8, seed=0):
+    torch.manual_seed(seed)
+    features, projection = torch.randn(P, C, requires_grad=True), torch.nn.Linear(C, V)
+    tokens = torch.randint(0, 10, (P, K))  # repeats on purpose
+    return features, projection, tokens, torch.softmax(torch.randn(P, K), 1), torch.randint(0, V, (P,))
+
+
+def dense_loss(features, projection, tokens, weights, targets, kl_weight):
+    """The original demo's way: a full row of probabilities for every position."""
+    z = projection(features)
+    p = torch.zeros_like(z).scatter_add_(1, tokens, weights)
+    kl = F.kl_div(torch.log_softmax(z, 1), p, reduction="batchmean")
+    return kl_weight * kl + (1 - kl_weight) * F.cross_entropy(z, targets), kl
+
+
+@pytest.mark.parametrize("block", [2**26, 40 * 5])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_the_sparse_loss_and_its_gradients_equal_the_dense_ones_in_one_block_or_several(monkeypatch, block, kl_weight):
+    monkeypatch.setattr(memory_decoder, "LOGITS_AT_ONCE", block)
+    case = sparse_case()
+    expected, expected_kl = dense_loss(*case, kl_weight)
+    wanted = torch.autograd.grad(expected, [case[0], *case[1].parameters()])
+    loss, kl, _ = memory_loss(*case, kl_weight)
+    torch.testing.assert_close((loss, kl), (expected, expected_kl.detach()))
+    torch.testing.assert_close(torch.autograd.grad(loss, [case[0], *case[1].parameters()]), wanted)
+
+
+def test_a_position_without_neighbours_adds_no_kl():
+    features, projection, tokens, weights, targets = sparse_case()
+    weights[3] = 0
+    _, kl, _ = memory_loss(features, projection, tokens, weights, targets)
+    others = [i for i in range(12) if i != 3]
+    _, expected, _ = memory_loss(features[others], projection, tokens[others], weights[others], targets[others])
+    torch.testing.assert_close(kl * 12, expected * 11)
+
+
+def test_merging_votes_keeps_the_distribution_and_every_token_once():
+    _, _, tokens, weights, _ = sparse_case()
+    merged_tokens, merged = merge_votes(tokens, weights)
+    before = torch.zeros(12, 40).scatter_add_(1, tokens, weights)
+    after = torch.zeros(12, 40).scatter_add_(1, merged_tokens, merged)
+    torch.testing.assert_close(after, before)
+    for row, w in zip(merged_tokens, merged, strict=True):
+        assert len(set(row[w > 0].tolist())) == int((w > 0).sum())
+
+
+@pytest.mark.parametrize("context", [1, 3, 100])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_cached_decoding_equals_reading_the_whole_sequence(context, norm_first):
+    decoder, hidden = make_decoder(context=context, norm_first=norm_first), torch.randn(1, 20, 32)
+    cache = DecoderCache()
+    pieces = [decoder(hidden[:, :7], cache), *(decoder(hidden[:, i:i + 1], cache) for i in range(7, 20))]
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder(hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_no_position_sees_a_later_one():
+    decoder, hidden = make_decoder(context=8), torch.randn(1, 12, 32)
+    changed = hidden.clone()
+    changed[:, 7] += 1
+    before, after = decoder(hidden), decoder(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).min() > 1e-4
+
+
+def test_context_one_reads_every_position_alone_and_a_longer_one_does_not():
+    hidden = torch.randn(1, 5, 32)
+    alone, wide = make_decoder(context=1), make_decoder(context=5)
+    torch.testing.assert_close(alone(hidden)[:, 4:], alone(hidden[:, 4:]), atol=1e-5, rtol=1e-5)
+    assert (wide(hidden)[:, 4:] - wide(hidden[:, 4:])).abs().max() > 1e-3
+
+
+def test_attention_learns_from_its_queries_and_keys():
+    decoder = make_decoder(context=8)
+    decoder(torch.randn(2, 8, 32)).square().mean().backward()
+    assert decoder.blocks[0].qkv.weight.grad[:64].abs().max() > 0
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_in_words():
+    with pytest.raises(UserError, match="do not divide"):
+        MemoryDecoder(32, 100, decoder_dim=100)
+
+
+def test_a_decoder_as_wide_as_the_base_starts_with_the_bases_own_opinion(base):
+    ids = torch.randint(4, 512, (8, 64))
+    keys = base.hidden(ids).flatten(0, 1)
+    decoder = make_decoder(decoder_dim=32)
+    decoder.start_from_head(base.head.weight, keys)
+    expected = torch.log_softmax(base.logits(keys), -1)
+    # LayerNorm fixes the length of the whitened state, so the copy is close and not exact.
+    gap = F.kl_div(torch.log_softmax(decoder(keys[None])[0], -1), expected, log_target=True, reduction="batchmean")
+    flat = F.kl_div(torch.full_like(expected, 1 / 512).log(), expected, log_target=True, reduction="batchmean")
+    assert gap < 0.1 * flat
+
+
+def test_a_narrower_decoder_starts_closer_to_the_base_than_any_random_projection(base):
+    keys = base.hidden(torch.randint(4, 512, (8, 64))).flatten(0, 1)
+    decoder = make_decoder(decoder_dim=16)
+    decoder.start_from_head(base.head.weight, keys)
+    W = base.head.weight - base.head.weight.mean(0)
+    centred = (keys - keys.mean(0)) @ W.T
+
+    def error(P, out):
+        return (centred - (keys - keys.mean(0)) @ P.T @ out.T).square().mean()
+
+    best = error(decoder.input_projection.weight, decoder.output_projection.weight)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        P = torch.linalg.qr(torch.randn(32, 16))[0].T
+        states = (keys - keys.mean(0)) @ P.T
+        assert best < error(P, torch.linalg.lstsq(states, centred).solution.T)
+
+
+def test_a_decoder_wider_than_the_base_can_start_from_its_head(base):
+    keys = base.hidden(torch.randint(4, 512, (4, 64))).flatten(0, 1)
+    decoder = make_decoder(decoder_dim=64)
+    decoder.start_from_head(base.head.weight, keys)
+    agree = decoder(keys[None])[0].argmax(-1) == base.logits(keys).argmax(-1)
+    assert agree.float().mean() > 0.7
+
+
+def test_the_blend_follows_both_formulas():
+    base_logits, memory = torch.randn(3, 20), torch.randn(3, 20)
+    torch.testing.assert_close(blend(base_logits, memory, 0.3), 0.7 * base_logits + 0.3 * memory)
+    p = 0.7 * torch.softmax(base_logits, -1) + 0.3 * torch.softmax(memory, -1)
+    torch.testing.assert_close(blend(base_logits, memory, 0.3, "probabilities").exp(), p)
+
+
+@pytest.mark.parametrize("rule", memory_decoder.RULES)
+def test_the_ends_of_alpha_are_base_and_memory(rule):
+    base_logits, memory = torch.randn(20), torch.randn(20)
+    for alpha, expected in ((0, base_logits), (1, memory)):
+        torch.testing.assert_close(torch.softmax(blend(base_logits, memory, alpha, rule), -1), torch.softmax(expected, -1))
+
+
+def test_temperature_zero_takes_the_most_probable_token():
+    assert sample(torch.tensor([0.0, 3.0, 2.9]), 0, 50) == 1
+
+
+def test_samples_stay_in_the_top_k_and_follow_their_probabilities():
+    logits, generator = torch.tensor([2.0, 1.0, 1.5, -3.0]), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([sample(logits, 0.7, 2, generator) for _ in range(3000)])
+    assert set(drawn.tolist()) == {0, 2}
+    expected = torch.softmax(torch.tensor([2.0, 1.5]) / 0.7, 0)[0]
+    assert abs((drawn == 0).float().mean() - expected) < 0.04
+    assert sample(logits, 1.0, 200, generator) in range(4)
+
+
+def greedy_twin(model, prompt, alpha, rule, count):
+    """Greedy decoding with no cache at all: both models read the whole text for every token."""
+    ids, out = model.base.encode(prompt), []
+    for _ in range(count):
+        hidden = model.base.hidden(torch.tensor([ids]))
+        z = blend(model.base.logits(hidden[0, -1]), model.decoder(hidden[:, 1:])[0, -1], alpha, rule)
+        ids.append(int(z.argmax()))
+        out.append(ids[-1])
+        if ids[-1] == model.base.eos:
+            break
+    return out
+
+
+@pytest.mark.parametrize("rule", memory_decoder.RULES)
+@pytest.mark.parametrize("alpha", [0, 0.6, 1])
+def test_streaming_gives_the_tokens_that_uncached_decoding_gives(model, alpha, rule):
+    prompt = "Question: May I keep a goat?\nAnswer:"
+    steps = list(model.stream(prompt, alpha, temperature=0, max_new_tokens=25, rule=rule))
+    assert [step.token for step in steps] == greedy_twin(model, prompt, alpha, rule, 25)
+
+
+def test_steps_carry_the_probabilities_under_base_memory_and_blend(model):
+    prompt = "Question: Why?\nAnswer:"
+    step = next(model.stream(prompt, 0.4, temperature=0))
+    hidden = model.base.hidden(torch.tensor([model.base.encode(prompt)]))
+    base_logits, memory = model.base.logits(hidden[0, -1]), model.decoder(hidden[:, 1:])[0, -1]
+    for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
+        assert value == pytest.approx(float(torch.softmax(logits, -1)[step.token]), rel=1e-3)
+
+
+def test_the_memory_skips_the_states_of_the_header(base):
+    decoder = make_decoder(context=50)
+    prompt = "Question: Why?\nAnswer:"
+    step = next(MemoryAugmentedLM(base, decoder, header="Question:").stream(prompt, 1, temperature=0))
+    skip = len(base.encode("Question:"))
+    hidden = base.hidden(torch.tensor([base.encode(prompt)]))
+    assert step.token == int(decoder(hidden[:, skip:])[0, -1].argmax())
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(model):
+    def draw(seed):
+        return [s.token for s in model.stream("Why?", 0.5, temperature=1.5, max_new_tokens=20, seed=seed)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def force_tokens(monkeypatch, tokens):
+    """Make the sampler give these tokens, one after another."""
+    left = iter(tokens)
+    monkeypatch.setattr(memory_decoder, "sample", lambda *_: next(left))
+
+
+def test_streamed_text_never_shows_a_broken_character(model, monkeypatch):
+    text = "naïve 東京 café 🙂 end"
+    force_tokens(monkeypatch, model.base.encode(text)[1:])
+    shown = [s.text for s in model.stream("x", max_new_tokens=len(model.base.encode(text)) - 1)]
+    assert "".join(shown) == text and not any("\ufffd" in piece for piece in shown)
+
+
+def test_generation_ends_at_eos_and_does_not_show_it(model, monkeypatch):
+    force_tokens(monkeypatch, [*model.base.encode("Yes.")[1:], model.base.eos, 77])
+    steps = list(model.stream("x"))
+    assert steps[-1].token == model.base.eos and "".join(s.text for s in steps) == "Yes."
+
+
+def test_generation_ends_where_the_next_turn_begins(model, monkeypatch):
+    force_tokens(monkeypatch, model.base.encode("Yes, it is.\nQuest for more.\nQuestion: And now?")[1:])
+    steps = list(model.stream("x", stops=["\nQuestion:"]))
+    assert "".join(s.text for s in steps) == "Yes, it is.\nQuest for more."
+
+
+def test_what_was_held_back_is_shown_when_the_answer_ends(model, monkeypatch):
+    ids = model.base.encode("Yes.\nQuest")[1:]
+    force_tokens(monkeypatch, ids)
+    steps = list(model.stream("x", stops=["\nQuestion:"], max_new_tokens=len(ids)))
+    assert "".join(s.text for s in steps) == "Yes.\nQuest"
+
+
+@pytest.mark.parametrize("pieces", [["a\nQ", ":b"], ["a\n", "Q:", "b"], [" a", "\nQ:"], list("a\nQ: b")])
+def test_a_stop_text_is_found_however_it_is_cut(pieces):
+    visible = VisibleText(["\nQ:"])
+    assert "".join(visible.add(piece) for piece in pieces if not visible.stopped) == "a" and visible.stopped
+
+
+def test_a_prompt_that_does_not_fit_is_refused_in_words(model):
+    with pytest.raises(UserError, match="reads at most 512"):
+        next(model.stream("word " * 600))
+
+
+def test_a_saved_decoder_comes_back_the_same(tmp_path):
+    decoder, hidden = make_decoder(context=3, norm_first=False), torch.randn(1, 6, 32)
+    decoder.save(tmp_path / "decoder.pt")
+    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_loading_runs_no_code_from_the_file(tmp_path):
+    torch.save({"sizes": Evil(), "weights": {}}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        MemoryDecoder.load(tmp_path / "evil.pt")
+
+
+def test_a_decoder_of_another_model_is_refused_in_words(base):
+    with pytest.raises(UserError, match="hidden size 16"):
+        MemoryAugmentedLM(base, make_decoder(hidden=16))
+
+
+def test_a_manifest_vouches_for_every_file(trained, tmp_path):
+    import shutil
+    assert read_manifest(tmp_path / "nowhere") is None
+    copy = shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("stages"))
+    assert read_manifest(copy)["entries"] > 0
+    (copy / "memory_decoder.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match="damaged"):
+        read_manifest(copy)
+    (copy / "memory_decoder.pt").unlink()
+    with pytest.raises(UserError, match="missing"):
+        read_manifest(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match="manifest"):
+        read_manifest(copy)
