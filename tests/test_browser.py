@@ -1,0 +1,114 @@
+"""The page as a user sees it, in a headless Chromium."""
+
+import itertools
+import os
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+from test_app import running_app
+
+QUESTION = "Can my boss refuse to pay me overtime?"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+# Notes every text that the bot's bubble has held.
+WATCH = """() => {
+    window.seen = [];
+    new MutationObserver(() => {
+        const bubble = document.querySelector('#chat [data-testid=bot]');
+        const text = bubble ? bubble.innerText.trim() : '';
+        if (text && text !== window.seen.at(-1)) window.seen.push(text);
+    }).observe(document.querySelector('#chat'), {childList: true, subtree: true, characterData: true});
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up("no chromium, chromium-browser or google-chrome is on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(browser, trained, tmp_path_factory):
+    with running_app(trained, tmp_path_factory.mktemp("browser") / "log.txt") as address:
+        yield address
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens fresh pages; at the end, none of them may have had an error or asked anything of another address."""
+    errors, foreign, pages = [], [], []
+
+    def open_page():
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: message.type == "error" and errors.append(f"{message.text} {message.location}"))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(("http", "ws")) and not request.url.startswith(address)
+                and foreign.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#alpha input[type=number]")
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert pages and errors == [] and foreign == []
+
+
+def number(page, name):
+    return page.locator(f"#{name} input[type=number]")
+
+
+def ask(page, **values):
+    """(every text the answer went through, the passages) of QUESTION at temperature 0."""
+    for name, value in {"temperature": 0, "max_new_tokens": 40, **values}.items():
+        number(page, name).fill(str(value))
+        number(page, name).press("Tab")
+    page.evaluate(WATCH)
+    page.locator("textarea").first.fill(QUESTION)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#passages .passage")
+    final = page.locator("#chat [data-testid=bot]").inner_text().strip()
+    return [*page.evaluate("window.seen"), final], page.locator("#passages .passage").all_inner_texts()
+
+
+def test_the_page_offers_every_control_at_its_default(visit):
+    page = visit()
+    sliders = ("alpha", "temperature", "top_k", "max_new_tokens", "k")
+    values = {name: float(number(page, name).input_value()) for name in sliders}
+    assert 0 <= values.pop("alpha") <= 1
+    assert values == {"temperature": 0.7, "top_k": 50, "max_new_tokens": 200, "k": 8}
+    assert page.locator("#rule input[type=radio]").count() == 2
+
+
+def test_an_answer_grows_and_passages_appear(visit):
+    texts, passages = ask(visit(), k=3)
+    assert len(set(texts)) > 1 and texts[-1]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert 1 <= len(passages) <= 3 and all("Title: " in passage for passage in passages)
+
+
+def test_moving_alpha_to_the_other_end_changes_the_answer(visit):
+    first = visit()
+    start = float(number(first, "alpha").input_value())
+    other_end = 0 if start > 0.5 else 1
+    answers = [ask(page, **values)[0][-1] for page, values in
+               ((first, {}), (visit(), {}), (visit(), {"alpha": other_end}))]
+    assert answers[0] and answers[0] == answers[1] and answers[2] and answers[2] != answers[0]
+
+
+def test_an_example_question_is_asked_by_a_click(visit):
+    page = visit()
+    number(page, "max_new_tokens").fill("5")
+    number(page, "max_new_tokens").press("Tab")
+    page.get_by_text("Do I need a lawyer to write a will?").click()
+    page.wait_for_selector("#passages .passage")
+    assert page.locator("#chat [data-testid=user]").inner_text().strip() == "Do I need a lawyer to write a will?"
+    assert page.locator("#chat [data-testid=bot]").inner_text().strip()

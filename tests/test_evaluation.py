@@ -1,0 +1,228 @@
+"""The held-out report: scores against slow twins, what is chosen on which half, and the files written."""
+
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import ROWS
+
+import evaluation
+from datastore import Datastore, Template, build_index, entries_of, hidden_batches, windows_of
+from evaluation import ALPHAS, TEMPERATURES, mix_probabilities, score_positions, summarise, write_report
+from memory_decoder import MemoryDecoder
+
+TEMPLATE = Template("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
+K, TEMPERATURE, LENGTH = 5, 6.0, 64
+
+
+@pytest.fixture(scope="module")
+def keys_and_store(base):
+    """Keys (N, H) and the exact datastore of four rows."""
+    texts = [TEMPLATE.render(row) for row in ROWS[1:40:10]]
+    windows = windows_of(base, texts, TEMPLATE, LENGTH)
+    values, example, position, _ = entries_of(windows)
+    keys = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 1)]).to(torch.float16).numpy()
+    index, mean = build_index(keys, "Flat")
+    return keys, Datastore(index, mean, values, example, position, texts)
+
+
+@pytest.fixture(scope="module")
+def held_windows(base):
+    """Windows of two rows that the datastore does not hold; each row takes several, of unlike lengths."""
+    windows = windows_of(base, [TEMPLATE.render(row) for row in ROWS[5:200:150]], TEMPLATE, LENGTH)
+    assert {w.example for w in windows} == {0, 1} and len({len(w.ids) for w in windows}) > 1
+    return windows
+
+
+@pytest.fixture(scope="module")
+def decoder(base):
+    torch.manual_seed(1)
+    return MemoryDecoder(base.width, base.vocabulary, 32, num_layers=2, num_heads=4, context=16).eval()
+
+
+def brute_knn(keys, values, query, token):
+    """Probabilities of `token` among the K nearest keys to query (H,) at every temperature, by sorting every distance."""
+    distances = ((keys.astype(np.float64) - query.astype(np.float64)) ** 2).sum(1)
+    nearest = np.argsort(distances, kind="stable")[:K]
+    chances = []
+    for factor in TEMPERATURES:
+        weights = [math.exp(-(distances[n] - distances[nearest[0]]) / (factor * TEMPERATURE)) for n in nearest]
+        chances.append(sum(w for w, n in zip(weights, nearest, strict=True) if values[n] == token) / sum(weights))
+    return chances
+
+
+@torch.no_grad()
+def slow_scores(base, decoder, keys, store, windows):
+    """What score_positions returns, one window and one position at a time, as probabilities."""
+    rows = {"base": [], "memory": [], "blend_logits": [], "knn": [], "example": []}
+    for window in windows:
+        ids = torch.tensor([window.ids])
+        logits = base.model(ids).logits[0].double()
+        hidden = base.decoder(ids).last_hidden_state[0]
+        memory = decoder(hidden[None, window.skip:-1].float())[0].double()
+        for t in range(window.skip, len(window.ids) - 1):
+            token, z, m = window.ids[t + 1], logits[t], memory[t - window.skip]
+            rows["base"].append(torch.softmax(z, 0)[token].item())
+            rows["memory"].append(torch.softmax(m, 0)[token].item())
+            rows["blend_logits"].append([torch.softmax((1 - a) * z + a * m, 0)[token].item() for a in ALPHAS.tolist()])
+            rows["knn"].append(brute_knn(keys, store.values, hidden[t].numpy(), token))
+            rows["example"].append(window.example)
+    return {name: np.array(column) for name, column in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def slow(base, decoder, keys_and_store, held_windows):
+    return slow_scores(base, decoder, *keys_and_store, held_windows)
+
+
+@pytest.mark.parametrize("positions_at_once", [10_000, 7])
+def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_store, held_windows, slow, monkeypatch,
+                                                        positions_at_once):
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 4 * base.vocabulary * positions_at_once)
+    scores = score_positions(base, decoder, keys_and_store[1], held_windows, K, TEMPERATURE, batch_size=3)
+    assert scores.keys() == slow.keys()
+    assert np.array_equal(scores["example"], slow["example"])
+    assert 0 < (slow["knn"] > 0).mean() < 1  # both hits and misses are compared
+    for name in ("base", "memory", "blend_logits", "knn"):
+        np.testing.assert_allclose(np.exp(scores[name]), slow[name], atol=2e-4, rtol=2e-3, err_msg=name)
+
+
+def test_a_search_that_finds_fewer_than_k_gives_the_votes_to_what_it_found(keys_and_store):
+    keys, store = keys_and_store
+    few = Datastore(build_index(keys[:3], "Flat")[0], keys[:3].astype(np.float32).mean(0), store.values[:3], None, None, [])
+    hidden, last = torch.from_numpy(keys[:1]).float(), store.values[2:3]
+    found = np.exp(evaluation.knn_log_probabilities(few, hidden, last, 8, TEMPERATURE))
+    distances = ((keys[:3].astype(np.float64) - keys[0].astype(np.float64)) ** 2).sum(1)
+    for column, factor in enumerate(TEMPERATURES):
+        weights = np.exp(-distances / (factor * TEMPERATURE))
+        expected = weights[few.values == last[0]].sum() / weights.sum()
+        assert found[0, column] == pytest.approx(expected, abs=1e-5)
+
+
+def test_mixing_at_alpha_zero_is_exactly_the_first_and_at_one_the_second():
+    rng = np.random.default_rng(0)
+    first, second = -rng.exponential(3, 50), -rng.exponential(3, 50)
+    second[:5] = -np.inf  # kNN gives most tokens no probability at all
+    mixed = mix_probabilities(first, second)
+    assert mixed.shape == (50, len(ALPHAS)) and (ALPHAS[0], ALPHAS[-1]) == (0, 1)
+    assert np.array_equal(mixed[:, 0], first)
+    assert np.array_equal(mixed[:, -1], second)
+
+
+def test_mixing_is_the_logarithm_of_mixed_probabilities():
+    first, second = np.log([0.5, 0.01]), np.array([math.log(0.2), -np.inf])
+    mixed = mix_probabilities(first, second)
+    for column, a in enumerate(ALPHAS):
+        assert np.exp(mixed[0, column]) == pytest.approx((1 - a) * 0.5 + a * 0.2)
+        assert np.exp(mixed[1, column]) == pytest.approx((1 - a) * 0.01)
+
+
+def random_scores(positions=400, seed=0):
+    """Log probabilities on which the best alphas lie inside (0, 1)."""
+    rng = np.random.default_rng(seed)
+    draw = {name: -rng.exponential(3, (positions, *shape)) for name, shape in (("base", ()), ("memory", ()), ("knn", (5,)))}
+    bowl = -3 - 2 * (ALPHAS - 0.4) ** 2
+    return {**draw, "blend_logits": bowl + rng.normal(0, 0.1, (positions, 1)), "example": rng.integers(0, 6, positions)}
+
+
+def moved(scores, parity, seed=9):
+    """The same scores with those of the even (0) or odd (1) examples replaced by ones that favour other choices."""
+    rows = scores["example"] % 2 == parity
+    rng = np.random.default_rng(seed)
+    changed = {name: array.copy() for name, array in scores.items()}
+    changed["base"][rows], changed["memory"][rows] = -9.0, -1.0
+    changed["knn"][rows] = [-8, -8, -8, -8, -0.5]
+    changed["blend_logits"][rows] = ALPHAS - 5 + rng.normal(0, 0.1, (rows.sum(), 1))
+    return changed
+
+
+def test_what_is_chosen_depends_on_the_even_examples_only():
+    scores = random_scores()
+    before = summarise(scores, 3.0)
+    after_odd, after_even = (summarise(moved(scores, parity), 3.0) for parity in (1, 0))
+    assert after_odd["chosen"] == before["chosen"]
+    assert after_odd["held_out"] != before["held_out"]
+    names = ("alpha_logits", "alpha_probabilities", "knn_lambda", "knn_temperature")
+    assert all(after_even["chosen"][name] != before["chosen"][name] for name in names)
+
+
+def test_what_is_reported_depends_on_the_odd_examples_only():
+    scores = random_scores()
+    before = summarise(scores, 3.0)
+    after_even, after_odd = (summarise(moved(scores, parity), 3.0) for parity in (0, 1))
+    for name in ("base", "memory", "positions"):
+        assert after_even["held_out"][name] == before["held_out"][name]
+    assert after_even["alpha_sweep"] == before["alpha_sweep"]
+    assert after_odd["held_out"]["base"] == pytest.approx(math.exp(9))
+    assert after_odd["held_out"]["memory"] == pytest.approx(math.exp(1))
+
+
+def slow_mix(first, second, a):
+    return math.log((1 - a) * math.exp(first) + a * math.exp(second))
+
+
+def slow_perplexity(scores, parity, one):
+    """exp of the mean of -one(position) over the examples of one parity."""
+    terms = [-one(p) for p, example in enumerate(scores["example"]) if example % 2 == parity]
+    return math.exp(sum(terms) / len(terms))
+
+
+def test_the_summary_is_the_best_of_every_setting_tried_one_by_one():
+    scores = random_scores(60)
+    base, memory, knn = scores["base"], scores["memory"], scores["knn"]
+    tables = {
+        "blend_logits": {(a,): lambda p, a=a: scores["blend_logits"][p, a] for a in range(21)},
+        "blend_probabilities": {(a,): lambda p, a=a: slow_mix(base[p], memory[p], ALPHAS[a]) for a in range(21)},
+        "knn_lm": {(a, s): lambda p, a=a, s=s: slow_mix(base[p], knn[p, s], ALPHAS[a]) for a in range(21) for s in range(5)},
+    }
+    summary = summarise(scores, 3.0)
+    best = {name: min(table, key=lambda at, t=table: slow_perplexity(scores, 0, t[at])) for name, table in tables.items()}
+    for name, table in tables.items():
+        assert summary["held_out"][name] == pytest.approx(slow_perplexity(scores, 1, table[best[name]]))
+    assert summary["held_out"]["base"] == pytest.approx(slow_perplexity(scores, 1, lambda p: base[p]))
+    chosen = summary["chosen"]
+    assert chosen["alpha_logits"] == pytest.approx(ALPHAS[best["blend_logits"][0]])
+    assert chosen["alpha_probabilities"] == pytest.approx(ALPHAS[best["blend_probabilities"][0]])
+    assert chosen["knn_lambda"] == pytest.approx(ALPHAS[best["knn_lm"][0]])
+    assert chosen["knn_temperature"] == 3.0 * TEMPERATURES[best["knn_lm"][1]]
+    assert chosen["positions"] + summary["held_out"]["positions"] == 60
+
+
+def test_neighbours_that_never_hit_are_given_no_weight():
+    scores = random_scores()
+    scores["knn"] = np.full_like(scores["knn"], -np.inf)
+    summary = summarise(scores, 3.0)
+    assert summary["chosen"]["knn_lambda"] == 0
+    assert summary["held_out"]["knn_lm"] == summary["held_out"]["base"]
+
+
+@pytest.fixture
+def metrics():
+    measured = {"entries": 12_345, "k": 8, "seconds": {"datastore": 1.4, "decoder": 22.6}, "peak_memory_bytes": 3 * 2**30}
+    return summarise(random_scores(), 3.0) | measured
+
+
+@pytest.mark.parametrize("losses", [[[1, 3.0, 2.0, 4.0]], [[10, 3.0, 2.0, 4.0], [20, 2.5, 1.8, 3.2]]])
+def test_the_report_is_four_files_that_say_what_was_measured(metrics, losses, tmp_path):
+    write_report(metrics, losses, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    report = (tmp_path / "report.md").read_text()
+    for said in ("12,345 entries", "K 8", "datastore 1, decoder 23", "3.00 GiB", "(loss_curve.png)", "(alpha_sweep.png)"):
+        assert said in report
+    for name in ("loss_curve.png", "alpha_sweep.png"):
+        picture = matplotlib.image.imread(tmp_path / name)
+        assert min(picture.shape[:2]) > 300 and picture.std() > 0.01
+
+
+def test_every_line_of_the_table_has_its_perplexity_and_its_share_of_the_base(metrics):
+    table = evaluation.report_table(metrics).splitlines()[2:]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    held = metrics["held_out"]
+    names = ("base", "knn_lm", "memory", "blend_logits", "blend_probabilities")
+    assert [line[1] for line in lines] == [f"{held[name]:.2f}" for name in names]
+    assert [line[2] for line in lines] == [f"{held[name] / held['base']:.2f}" for name in names]
+    assert f"{metrics['chosen']['alpha_logits']:g}" in lines[3][3]
