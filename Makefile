@@ -1,4 +1,5 @@
 # make demo: install, train on the embedded default, open the chat.    make test: install, lint, test.
+# make bench: both scripts at the real size of Gemma-2b, random weights, on the CPU.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -12,7 +13,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 bench: .venv/runtime
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape
 
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -7,9 +7,11 @@ T positions, V vocabulary. D and I are distances and entry ids, as faiss names t
 
 import hashlib
 import json
+import os
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -31,10 +33,12 @@ class Template:
 
     def __init__(self, pattern):
         try:
-            parts = [(literal, field) for literal, field, _, _ in string.Formatter().parse(pattern)]
+            parts = list(string.Formatter().parse(pattern))
         except ValueError as error:
             raise UserError(f"The template {pattern!r} cannot be read: {error}.") from None
-        self.segments = [(literal, field) for literal, field in parts if field]
+        if any(field == "" or spec or conversion for _, field, spec, conversion in parts):
+            raise UserError(f"The template {pattern!r} cannot be read: braces hold the name of a field and nothing else.")
+        self.segments = [(literal, field) for literal, field, _, _ in parts if field]
         if not self.segments:
             raise UserError(f"The template {pattern!r} names no field; write fields in braces, e.g. {{Question}}.")
         self.pattern, self.fields = pattern, [field for _, field in self.segments]
@@ -103,12 +107,13 @@ class BaseLM:
 
     @property
     def fingerprint(self):
-        """A checksum of a sample of every weight: tells base models apart, whatever dtype they are loaded in."""
+        """A checksum of the vocabulary and a sample of every weight: the same in whatever dtype the model is loaded."""
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 512)][:512].to("cpu", torch.bfloat16)
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()[:16]
 
     def encode(self, text, end=False):
@@ -139,19 +144,23 @@ class BaseLM:
 
 
 def pick_device(device):
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device to use; raises UserError for one that this machine does not have."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present.get(device.split(":")[0]):
+        raise UserError(f"There is no device {device} here; present: {', '.join(n for n, there in present.items() if there)}.")
+    return device
 
 
 def explain_load_error(name, error):
     """One sentence for a model that could not be loaded."""
     text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
+    if "gated" in text or "401 client error" in text or "403 client error" in text:
         return (f"The model {name} is gated: accept its terms at https://huggingface.co/{name}, run `hf auth login`, "
                 "then try again; or name an ungated model, e.g. --base_model Qwen/Qwen2.5-0.5B.")
+    if Path(name).is_absolute() and not Path(name).exists():
+        return f"There is no folder {name}; check --base_model."
     if Path(name).is_dir():
         return f"The folder {name} does not hold a causal language model that transformers can load: {one_line(error)}"
     if "not a valid model identifier" in text or "404" in text:
@@ -164,6 +173,13 @@ def explain_load_error(name, error):
 
 def one_line(error):
     return " ".join(str(error).split())[:300]
+
+
+def write_atomically(path, text):
+    """Write a small text file so that it is either the old one or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 @dataclass
@@ -218,14 +234,23 @@ def windows_of(base, texts, template, max_length, positions="all"):
     return sorted(windows, key=lambda window: len(window.ids), reverse=True)
 
 
+class Entries(NamedTuple):
+    """What is known of N entries beside their keys, window after window."""
+
+    values: np.ndarray  # (N,) int32, the next token
+    example: np.ndarray  # (N,) int32, which text
+    position: np.ndarray  # (N,) int32, the key's place in that text's ids
+    offsets: np.ndarray  # (B+1,) int64: window b holds entries offsets[b]:offsets[b+1]
+
+
 def entries_of(windows):
-    """(values, example, position) int32 (N,) and offsets (B+1,): window b holds entries offsets[b]:offsets[b+1]."""
+    """The Entries of all windows, in their order."""
     values = [token for w in windows for token in w.ids[w.skip + 1:]]
     counts = [len(w.ids) - 1 - w.skip for w in windows]
     example = np.repeat(np.array([w.example for w in windows], np.int32), counts)
     position = [w.position + i for w, count in zip(windows, counts, strict=True) for i in range(count)]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return np.array(values, np.int32), example, np.array(position, np.int32), offsets
+    return Entries(np.array(values, np.int32), example, np.array(position, np.int32), offsets)
 
 
 def hidden_batches(base, windows, batch_size):
@@ -366,8 +391,8 @@ class Datastore:
 
 def find_neighbours(store, keys, k, folder):
     """Write D fp32 and I int32 (N, K) of every entry, its own example left out, going on where a run stopped."""
-    shape, done_file = (len(keys), k), folder / "neighbours_done.txt"
-    done = int(done_file.read_text()) if done_file.exists() else 0
+    shape, done_file = (len(keys), k), folder / "neighbours_done.json"
+    done = json.loads(done_file.read_text()) if done_file.exists() else 0
     mode = "r+" if done else "w+"
     D = np.lib.format.open_memmap(folder / "neighbours_D.npy", mode=mode, dtype=np.float32, shape=shape)
     I = np.lib.format.open_memmap(folder / "neighbours_I.npy", mode=mode, dtype=np.int32, shape=shape)
@@ -376,7 +401,7 @@ def find_neighbours(store, keys, k, folder):
             rows = slice(i, i + SEARCH_CHUNK)
             D[rows], I[rows] = store.search_others(keys[rows], store.example[rows], k)
             D.flush(), I.flush()
-            done_file.write_text(str(min(i + SEARCH_CHUNK, len(keys))))
+            write_atomically(done_file, json.dumps(min(i + SEARCH_CHUNK, len(keys))))
             bar.update(len(keys[rows]))
 
 

@@ -5,9 +5,11 @@ Letters: P held-out positions, A alphas, S temperatures, V vocabulary, K neighbo
 
 import json
 import math
+import sys
 
 import matplotlib
 import numpy as np
+import psutil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -16,7 +18,7 @@ from datastore import entries_of, hidden_batches, knn_weights
 from memory_decoder import LOGITS_AT_ONCE, blend
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
@@ -107,7 +109,8 @@ def report_table(metrics):
     """The Markdown table of the held-out report."""
     held, chosen = metrics["held_out"], metrics["chosen"]
     rows = [("base model alone", held["base"], ""),
-            ("kNN-LM", held["knn_lm"], f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}"),
+            ("kNN-LM", held["knn_lm"],
+             f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}"),
             ("memory alone", held["memory"], "alpha 1"),
             ("blend of logits", held["blend_logits"], f"alpha {chosen['alpha_logits']:g}"),
             ("blend of probabilities", held["blend_probabilities"], f"alpha {chosen['alpha_probabilities']:g}")]
@@ -127,6 +130,15 @@ def write_report(metrics, losses, folder):
         f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n")
     plot_losses(losses, folder / "loss_curve.png")
     plot_sweep(metrics, folder / "alpha_sweep.png")
+
+
+def peak_memory():
+    """Most bytes of memory this process has held."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def plot_losses(losses, path):

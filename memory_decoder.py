@@ -38,7 +38,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v)
         S = k.shape[2]
-        if S == T and T <= self.context:
+        if S == T and self.context >= T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             ago = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
@@ -107,11 +107,12 @@ class MemoryDecoder(nn.Module):
         ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
         the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections.
         """
-        W, keys = head.float(), keys.float().to(head.device)
+        W, keys = head.to(torch.float32, copy=True), keys.float().to(head.device)
+        W -= W.mean(0)  # in place: at 256,000 tokens a copy takes 2 GB
         mean, C = keys.mean(0), self.sizes["decoder_dim"]
-        W = W - W.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov(keys.T) + 1e-6 * torch.eye(len(mean), device=W.device))
-        values = values.clamp_min(values[-1] * 1e-6)
+        covariance = torch.cov(keys.T)
+        # A little of the identity keeps directions that the sample hardly shows from being blown up.
+        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)).to(W))
         root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
         _, Q = torch.linalg.eigh(root @ (W.T @ W) @ root)
         Q = Q[:, -C:]  # (H, C), or fewer columns where the base is narrower than the decoder
@@ -170,7 +171,7 @@ def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
     for i in range(0, P, rows):
         block = (features[i:i + rows], projection, tokens[i:i + rows], weights[i:i + rows], targets[i:i + rows])
         # With several blocks their logits are computed again in the backward pass instead of kept.
-        sums = _loss_sums(*block) if P <= rows else checkpoint(_loss_sums, *block, use_reentrant=False)
+        sums = _loss_sums(*block) if rows >= P else checkpoint(_loss_sums, *block, use_reentrant=False)
         cross, ce = cross + sums[0], ce + sums[1]
     _, merged = merge_votes(tokens, weights)
     entropy = -torch.xlogy(merged, merged).sum()

@@ -30,8 +30,24 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 import evaluation
-from datastore import (BaseLM, Datastore, Template, UserError, build_index, choose_index, default_temperature, entries_of,
-                       find_neighbours, knn_weights, one_line, open_keys, pick_device, windows_of, write_keys)
+from datastore import (
+    BaseLM,
+    Datastore,
+    Template,
+    UserError,
+    build_index,
+    choose_index,
+    default_temperature,
+    entries_of,
+    find_neighbours,
+    knn_weights,
+    one_line,
+    open_keys,
+    pick_device,
+    windows_of,
+    write_atomically,
+    write_keys,
+)
 from memory_decoder import LOGITS_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
 
 HERE = Path(__file__).resolve().parent
@@ -85,8 +101,11 @@ class Options:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
-        if self.decoder_lr <= 0 or not 0 <= self.kl_weight <= 1 or not 0 < self.validation_fraction < 1:
+        if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 < self.validation_fraction < 1:
             raise UserError("--decoder_lr must be above 0, --kl_weight from 0 to 1, and --validation_fraction between 0 and 1.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}.")
+        pick_device(self.device)
         if self.knn_temperature is not None and not self.knn_temperature > 0:
             raise UserError(f"--knn_temperature must be above 0, not {self.knn_temperature}.")
         if self.max_examples is not None and self.max_examples < 1:
@@ -95,11 +114,11 @@ class Options:
 
 
 def parse_options(arguments=None):
-    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0])
+    """Options from the command line; --original and --demo change defaults, so that flags given beside them win."""
+    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0], allow_abbrev=False)
     arguments = sys.argv[1:] if arguments is None else arguments
-    for flag, defaults in (("--original", ORIGINAL), ("--demo", DEMO)):
-        if flag in arguments:
-            parser.set_defaults(**defaults)
+    asked, = parser.parse_args_into_dataclasses(arguments)
+    parser.set_defaults(**(ORIGINAL if asked.original else {}), **(DEMO if asked.demo else {}))
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
@@ -109,7 +128,10 @@ def read_rows(source, template):
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
     try:
         if path.is_file() and kind:
-            data = datasets.load_dataset(kind, data_files=str(path), split="train")
+            if path.stat().st_size == 0:
+                raise UserError(f"The dataset file {source} is empty.")
+            plain = {"keep_default_na": False} if kind == "csv" else {}  # an answer may well read "None"
+            data = datasets.load_dataset(kind, data_files=str(path), split="train", **plain)
         elif path.is_file() or path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
             raise UserError(f"There is no JSON, JSONL, CSV or Parquet file {source}; check the path.")
         else:
@@ -130,8 +152,7 @@ def read_rows(source, template):
 def explain_dataset_error(source, local, error):
     text = f"{error} {error.__cause__ or ''}".lower()
     if local:
-        empty = Path(source).stat().st_size == 0
-        return f"The dataset file {source} is empty." if empty else f"The dataset file {source} cannot be read: {one_line(error)}"
+        return f"The dataset file {source} cannot be read: {one_line(error.__cause__ or error)}"
     if "doesn't exist" in text and "connect" not in text and "offline" not in text:
         return f"There is no dataset {source} on the hub and no file of that name; check --dataset."
     return (f"The dataset {source} is not on this machine and cannot be fetched from the hub; check its name and the network, "
@@ -147,6 +168,8 @@ def split_rows(options, template):
     else:
         count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(rows))))
         held, order = [rows[i] for i in order[:count]], order[count:]
+    held_texts = {template.render(row) for row in held}  # a row may stand in the data twice, or in both files
+    order = [i for i in order if template.render(rows[i]) not in held_texts]
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "
@@ -161,44 +184,68 @@ class Stage:
         text = json.dumps([parent.key if parent else None, inputs], sort_keys=True)
         self.name, self.key = name, hashlib.sha256(text.encode()).hexdigest()[:12]
         self.path = root / f"{name}-{self.key}"
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def begin(self):
+        """Whether there is work to do; makes the folder and starts the clock."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
-
-    @property
-    def done(self):
-        return (self.path / "done.json").exists()
+        return not (self / "done.json").exists()
 
     @property
     def facts(self):
-        return json.loads((self.path / "done.json").read_text())
+        return json.loads((self / "done.json").read_text())
 
     def finish(self, **facts):
         facts["seconds"] = round(time.monotonic() - self.began, 3)
-        write_atomically(self.path / "done.json", json.dumps(facts))
+        write_atomically(self / "done.json", json.dumps(facts))
 
 
-def write_atomically(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+class Stages:
+    """The five stages of one run, each keyed by its own inputs and by the stage before it."""
+
+    def __init__(self, root, options, base, template, texts, held_texts):
+        def digest(parts):
+            return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+        def values(*names):
+            return {name: str(getattr(options, name)) for name in names}
+
+        self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(texts), template.pattern,
+                                                   values("max_length", "positions", "batch_size")])
+        self.index = Stage(root, "index", values("index", "seed"), self.datastore)
+        self.neighbours = Stage(root, "neighbours", values("k"), self.index)
+        self.decoder = Stage(root, "decoder", values("decoder_dim", "context", "norm", "head_init", "num_epochs", "decoder_lr",
+                                                     "batch_size", "kl_weight", "knn_temperature", "seed"), self.neighbours)
+        self.report = Stage(root, "report", digest(held_texts), self.decoder)
+
+    def __iter__(self):
+        return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
 
 
-def plan(options, base, windows, entries, root):
-    """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string."""
-    free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(root).free
+def plan(options, base, windows, entries, index_stage):
+    """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string.
+
+    What auto chose depends on the memory that was free, so the choice is kept with the stage.
+    """
+    output = index_stage.path.parent
+    free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(output).free
     factory = choose_index(entries, base.width, free_memory // 2) if options.index == "auto" else options.index
+    if (index_stage / "factory.txt").exists():
+        factory = (index_stage / "factory.txt").read_text()
     width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * base.width
     index, keys = entries * (width + 8), entries * base.width * 2
     disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
     weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
     memory = index + 16 * weights + 3 * 4 * LOGITS_AT_ONCE
-    tokens = sum(len(w.ids) for w in windows)
-    seconds = estimate_seconds(options, base, windows, tokens, entries, weights)
+    seconds = estimate_seconds(options, base, windows, entries, weights)
     print(f"plan: {entries:,} entries of width {base.width}; index {factory}; disk {disk / 2**30:.2f} GiB of "
           f"{free_disk / 2**30:.1f} free; memory {memory / 2**30:.2f} GiB beside the model of {free_memory / 2**30:.1f} free; "
           f"about {max(1, round(seconds / 60))} min", flush=True)
     if disk > free_disk:
-        raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {root} has {free_disk / 2**30:.2f}; lower "
+        raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {output} has {free_disk / 2**30:.2f}; lower "
                         "--max_examples or --k, or name another --output_dir.")
     if memory > free_memory:
         raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory and {free_memory / 2**30:.2f} are free; lower "
@@ -206,45 +253,44 @@ def plan(options, base, windows, entries, root):
     return factory
 
 
-def estimate_seconds(options, base, windows, tokens, entries, weights):
+def estimate_seconds(options, base, windows, entries, weights):
     """Seconds for all stages, by the pace of one measured forward pass and counts of multiplications."""
     ids = torch.tensor([windows[-1].ids])
     base.hidden(ids)
     began = time.monotonic()
     base.hidden(ids)
-    parameters = sum(p.numel() for p in base.decoder.parameters())
+    parameters, tokens = sum(p.numel() for p in base.decoder.parameters()), sum(len(w.ids) for w in windows)
     pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
     searched = entries if entries <= 50_000 else entries / 16
     return (2 * parameters * tokens + 6 * weights * entries * options.num_epochs + 2 * base.width * entries * searched) / pace
 
 
-def build_datastore(options, base, texts, windows, stage):
-    """Stage 1: keys.f16, values, where each entry comes from, and the texts."""
-    values, example, position, offsets = entries_of(windows)
-    if not stage.done:
-        np.save(stage.path / "datastore_values.npy", values)
-        np.savez(stage.path / "entries.npz", example=example, position=position, offsets=offsets)
+def build_datastore(options, base, texts, windows, entries, stage):
+    """Stage 1: keys.f16, values and the texts. Returns the keys (N, H), memory-mapped."""
+    if stage.begin():
+        np.save(stage / "datastore_values.npy", entries.values)
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-        (stage.path / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_keys(base, windows, offsets, stage.path / "keys.f16", options.batch_size)
-        stage.finish(entries=len(values))
-    return open_keys(stage.path / "keys.f16", base.width), values, example, position, offsets
+        (stage / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size)
+        stage.finish()
+    return open_keys(stage / "keys.f16", base.width)
 
 
-def build_neighbours(options, keys, values, example, position, texts, index_stage, neighbour_stage, factory):
+def build_neighbours(options, keys, entries, texts, factory, stages):
     """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore."""
-    if not index_stage.done:
+    if stages.index.begin():
+        write_atomically(stages.index / "factory.txt", factory)
         index, mean = build_index(keys, factory, options.seed)
-        faiss.write_index(index, str(index_stage.path / "faiss_index.bin"))
-        np.savez(index_stage.path / "datastore_entries.npz", example=example, position=position, mean=mean)
-        index_stage.finish()
-    index = faiss.read_index(str(index_stage.path / "faiss_index.bin"))
-    mean = np.load(index_stage.path / "datastore_entries.npz")["mean"]
-    store = Datastore(index, mean, values, example, position, texts)
-    if not neighbour_stage.done:
-        find_neighbours(store, keys, options.k, neighbour_stage.path)
-        neighbour_stage.finish(recall=store.recall(keys, min(options.k, len(store))))
-    print(f"neighbours: recall@{options.k} of the index against exact search {neighbour_stage.facts['recall']:.3f}", flush=True)
+        faiss.write_index(index, str(stages.index / "faiss_index.bin"))
+        np.savez(stages.index / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
+        stages.index.finish()
+    index = faiss.read_index(str(stages.index / "faiss_index.bin"))
+    mean = np.load(stages.index / "datastore_entries.npz", allow_pickle=False)["mean"]
+    store = Datastore(index, mean, entries.values, entries.example, entries.position, texts)
+    if stages.neighbours.begin():
+        find_neighbours(store, keys, options.k, stages.neighbours.path)
+        stages.neighbours.finish(recall=store.recall(keys, options.k))
+    print(f"neighbours: recall@{options.k} against exact search {stages.neighbours.facts['recall']:.3f}", flush=True)
     return store
 
 
@@ -263,10 +309,10 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 class Batches:
     """Training tensors by window numbers, read from the memory-mapped keys and neighbours."""
 
-    def __init__(self, keys, values, offsets, folder, temperature):
-        self.keys, self.values, self.offsets, self.temperature = keys, values, offsets, temperature
-        self.D = np.load(folder / "neighbours_D.npy", mmap_mode="r")
-        self.I = np.load(folder / "neighbours_I.npy", mmap_mode="r")
+    def __init__(self, keys, entries, neighbours, temperature):
+        self.keys, self.values, self.offsets, self.temperature = keys, entries.values, entries.offsets, temperature
+        self.D = np.load(neighbours / "neighbours_D.npy", mmap_mode="r")
+        self.I = np.load(neighbours / "neighbours_I.npy", mmap_mode="r")
 
     def __call__(self, numbers, device):
         """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
@@ -280,17 +326,23 @@ class Batches:
         return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
 
 
-def train_decoder(options, base, keys, values, offsets, neighbour_stage, stage, accelerator):
-    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
-    batches = Batches(keys, values, offsets, neighbour_stage.path, stage_temperature(options, neighbour_stage))
+def make_decoder(options, base, keys):
+    """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
     decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
                             norm_first=options.norm == "pre")
     if options.head_init == "base":
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
         decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))
-    lengths = np.diff(offsets)
-    world = accelerator.num_processes
+    return decoder
+
+
+def train_decoder(options, base, keys, entries, stages, accelerator):
+    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
+    stage = stages.decoder
+    batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours))
+    decoder = make_decoder(options, base, keys)
+    lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=0.01)
@@ -318,76 +370,65 @@ def train_decoder(options, base, keys, values, offsets, neighbour_stage, stage, 
                 save_checkpoint(stage, decoder, optimizer, schedule, step, losses)
                 saved_at = time.monotonic()
     if accelerator.is_main_process:
-        decoder.save(stage.path / "memory_decoder.pt")
+        decoder.save(stage / "memory_decoder.pt")
         stage.finish(losses=losses)
-        (stage.path / "checkpoint.pt").unlink(missing_ok=True)
+        (stage / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def stage_temperature(options, neighbour_stage):
+def training_temperature(options, neighbours):
     if options.knn_temperature is not None:
         return options.knn_temperature
-    return default_temperature(np.load(neighbour_stage.path / "neighbours_D.npy", mmap_mode="r"))
+    return default_temperature(np.load(neighbours / "neighbours_D.npy", mmap_mode="r"))
 
 
 def save_checkpoint(stage, decoder, optimizer, schedule, step, losses):
     state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
              "step": step, "losses": losses}
-    torch.save(state, stage.path / "checkpoint.part")
-    os.replace(stage.path / "checkpoint.part", stage.path / "checkpoint.pt")
+    torch.save(state, stage / "checkpoint.part")
+    os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
 
 
 def load_checkpoint(stage, decoder, optimizer, schedule, device):
     """(steps done, losses so far) after restoring a checkpoint, if there is one."""
-    if not (stage.path / "checkpoint.pt").exists():
+    if not (stage / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(stage.path / "checkpoint.pt", map_location=device, weights_only=True)
+    state = torch.load(stage / "checkpoint.pt", map_location=device, weights_only=True)
     decoder.load_state_dict(state["decoder"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return state["step"], state["losses"]
 
 
-def peak_memory():
-    """Most bytes of memory this process has held."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def make_report(options, base, store, held_windows, stages, factory):
-    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, and prints the table."""
-    *earlier, decoder_stage, report_stage = stages
-    if not report_stage.done:
-        decoder = MemoryDecoder.load(decoder_stage.path / "memory_decoder.pt")
-        temperature = stage_temperature(options, earlier[-1])
-        # Equal votes have no temperature to vary, so kNN-LM is compared at the usual one.
-        reference = temperature if math.isfinite(temperature) else default_temperature(np.load(earlier[-1].path / "neighbours_D.npy", mmap_mode="r"))
-        scores = evaluation.score_positions(base, decoder, store, held_windows, options.k, reference, options.batch_size)
-        metrics = evaluation.summarise(scores, reference)
-        seconds = {stage.name: stage.facts["seconds"] for stage in (*earlier, decoder_stage)}
-        seconds["report"] = round(time.monotonic() - report_stage.began, 3)
-        metrics |= {"entries": len(store), "k": options.k, "index": factory, "index_recall": earlier[-1].facts["recall"],
-                    "training_knn_temperature": temperature if math.isfinite(temperature) else "inf",
-                    "seconds": seconds, "peak_memory_bytes": peak_memory()}
-        evaluation.write_report(metrics, decoder_stage.facts["losses"], report_stage.path)
-        report_stage.finish()
-    metrics = json.loads((report_stage.path / "metrics.json").read_text())
+    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, prints the table, returns the metrics."""
+    if stages.report.begin():
+        decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
+        trained_with = temperature = training_temperature(options, stages.neighbours)
+        if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
+            temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
+        scores = evaluation.score_positions(base, decoder, store, held_windows, options.k, temperature, options.batch_size)
+        seconds = {stage.name: stage.facts["seconds"] for stage in list(stages)[:-1]}
+        seconds["report"] = round(time.monotonic() - stages.report.began, 3)
+        metrics = evaluation.summarise(scores, temperature) | {
+            "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
+            "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
+            "peak_memory_bytes": evaluation.peak_memory()}
+        evaluation.write_report(metrics, stages.decoder.facts["losses"], stages.report.path)
+        stages.report.finish()
+    metrics = json.loads((stages.report / "metrics.json").read_text())
     print("\n" + evaluation.report_table(metrics), flush=True)
     return metrics
 
 
 def publish(options, base, template, metrics, stages, output):
-    """Put the artefacts in place and the manifest last; earlier stages' folders of other settings are then removed."""
-    datastore_stage, index_stage, _, decoder_stage, report_stage = stages
-    sources = {"memory_decoder.pt": decoder_stage, "faiss_index.bin": index_stage, "datastore_entries.npz": index_stage,
-               "datastore_values.npy": datastore_stage, "examples.jsonl": datastore_stage,
-               **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"), report_stage)}
+    """Put the artefacts in place and the manifest last; stage folders of other settings are then removed."""
+    sources = {"memory_decoder.pt": stages.decoder, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
+               "datastore_values.npy": stages.datastore, "examples.jsonl": stages.datastore,
+               **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"), stages.report)}
     checksums = {}
     for name, stage in sources.items():
         part = output / f"{name}.part"
-        shutil.copyfile(stage.path / name, part)
+        shutil.copyfile(stage / name, part)
         checksums[name] = file_checksum(part)
     manifest = {
         "base_model": base.name, "base_fingerprint": base.fingerprint, "dtype": options.dtype, "template": template.pattern,
@@ -405,61 +446,56 @@ def publish(options, base, template, metrics, stages, output):
             shutil.rmtree(folder)
 
 
+def count_entries(options, entries):
+    """N, after checking that K neighbours exist outside every example."""
+    total = len(entries.values)
+    outside = total - int(np.bincount(entries.example).max()) if total else 0
+    if options.k > outside:
+        raise UserError(f"K is {options.k}, but only {outside} of the {total} entries lie outside the longest example; "
+                        "lower --k or use more rows.")
+    return total
+
+
+def training_precision(device):
+    """bf16 where the hardware multiplies it faster than float32, else no mixed precision."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
+
+
 def run(options):
     """All stages; raises UserError for whatever the user can mend."""
     options.check()
-    accelerator = Accelerator(cpu=pick_device(options.device) == "cpu")
-    template = Template(options.template)
+    template, device = Template(options.template), pick_device(options.device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=training_precision(device))
     rows, held = split_rows(options, template)
-    base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if options.device == "auto" else options.device)
+    base = BaseLM.load(options.base_model, options.dtype, accelerator.device if device == "cuda" else device)
     if options.max_length > base.max_positions:
         raise UserError(f"--max_length {options.max_length} is more than the {base.max_positions} positions of {base.name}.")
     texts, held_texts = ([template.render(row) for row in part] for part in (rows, held))
     windows = windows_of(base, texts, template, options.max_length, options.positions)
     held_windows = windows_of(base, held_texts, template, options.max_length)
-    most, entries = check_counts(options, windows)
+    entries = entries_of(windows)
+    total = count_entries(options, entries)
 
     output = Path(options.output_dir)
-    root = output / "stages"
-    root.mkdir(parents=True, exist_ok=True)
-    factory = plan(options, base, windows, entries, root)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    held_digest = hashlib.sha256("\0".join(held_texts).encode()).hexdigest()
-    chosen = dataclasses.asdict(options)
-    stages = [Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest, options.max_length, options.positions,
-                                        options.batch_size, template.pattern])]
-    stages.append(Stage(root, "index", [factory, options.seed], stages[-1]))
-    stages.append(Stage(root, "neighbours", [options.k], stages[-1]))
-    stages.append(Stage(root, "decoder", {name: str(chosen[name]) for name in (
-        "decoder_dim", "context", "norm", "head_init", "num_epochs", "decoder_lr", "batch_size", "kl_weight", "knn_temperature",
-        "seed")}, stages[-1]))
-    stages.append(Stage(root, "report", [held_digest], stages[-1]))
-    run_stages(options, base, template, texts, windows, held_windows, stages, factory, output, accelerator)
-
-
-def run_stages(options, base, template, texts, windows, held_windows, stages, factory, output, accelerator):
+    stages = Stages(output / "stages", options, base, template, texts, held_texts)
+    try:
+        (output / "stages").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Nothing can be written to the folder {output}: {error.strerror}.") from None
     with accelerator.main_process_first():
-        keys, values, example, position, offsets = build_datastore(options, base, texts, windows, stages[0])
-        store = build_neighbours(options, keys, values, example, position, texts, stages[1], stages[2], factory)
-    if not stages[3].done:
-        train_decoder(options, base, keys, values, offsets, stages[2], stages[3], accelerator)
+        factory = plan(options, base, windows, total, stages.index)
+        keys = build_datastore(options, base, texts, windows, entries, stages.datastore)
+        store = build_neighbours(options, keys, entries, texts, factory, stages)
+    if stages.decoder.begin():
+        train_decoder(options, base, keys, entries, stages, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         metrics = make_report(options, base, store, held_windows, stages, factory)
         publish(options, base, template, metrics, stages, output)
-        flag = " --demo" if options.demo and options.output_dir == DEMO["output_dir"] else f" --model_dir {output}"
-        print(f"\nsaved in {output}; chat with it: python app.py{'' if str(output) == 'trained_models' else flag}")
-
-
-def check_counts(options, windows):
-    """(most entries of one example, entries); K neighbours must exist outside every example."""
-    _, example, _, offsets = entries_of(windows)
-    entries = int(offsets[-1])
-    most = int(np.bincount(example).max()) if entries else 0
-    if options.k > entries - most:
-        raise UserError(f"K is {options.k}, but only {max(0, entries - most)} of the {entries} entries lie outside the longest "
-                        "example; lower --k or use more rows.")
-    return most, entries
+        flags = "" if options.output_dir == "trained_models" else f" --model_dir {output}"
+        print(f"\nsaved in {output}; chat with it: python app.py{' --demo' if options.output_dir == DEMO['output_dir'] else flags}")
 
 
 def main():

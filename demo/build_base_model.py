@@ -29,6 +29,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Typographic marks become their ASCII forms, so that the model and plainly typed questions agree.
 PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 HELD_OUT = 0.02
+FULL_LENGTH = 0.3  # final share of the steps that reads max_length at once; the others read halves
 LEFT_OUT = ("business-ethics", "introduction-political-science", "business-law")  # closest to the demo's domain
 
 
@@ -48,7 +49,7 @@ def parse_args():
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
     add("--embedding_lr", type=float, default=4e-3, help="AdamW's learning rate for embeddings and norms")
-    add("--decay", type=float, default=0.45, help="final share of the steps over which the rate falls to 0")
+    add("--decay", type=float, default=0.6, help="final share of the steps over which the rate falls to 0")
     add("--checkpoint_minutes", type=float, default=5, help="minutes between checkpoints")
     add("--stop_after_minutes", type=float, default=math.inf, help="checkpoint and stop after so long")
     add("--compile", action="store_true", help="compile the model first (needs a C++ compiler on a CPU)")
@@ -228,7 +229,7 @@ def train(args, model, tokenizer, tokens, weights, probe_text):
             for optimizer, base in zip(optimizers, (args.lr, args.embedding_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = base * rate_factor(step, steps, args.decay)
-            if step < (1 - args.decay) * steps:
+            if step < (1 - FULL_LENGTH) * steps:
                 batch = halve(batch)  # attention costs a quarter of the step at full length
             loss = loss_of(run, batch, args.device)
             loss.backward()

@@ -220,8 +220,8 @@ def test_a_run_stopped_again_and_again_equals_an_uninterrupted_one(tmp_path):
     (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
     done, whole = train(tmp_path / "whole")
     assert done
-    # Seven of ten steps, one a run; from the sixth on, sequences have their full length.
-    runs = [train(tmp_path / "stopped", stop=0) for _ in range(7)]
+    # Eight of ten steps, one a run: past the point from which sequences have their full length.
+    runs = [train(tmp_path / "stopped", stop=0) for _ in range(8)]
     assert not any(done for done, _ in runs)
     assert any((runs[0][1][name] != whole[name]).any() for name in whole)
     done, resumed = train(tmp_path / "stopped")
