@@ -4,9 +4,11 @@
     python app.py --model_dir trained_models
 """
 
+import errno
 import html
-import math
 import os
+import shlex
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
-from transformers import HfArgumentParser
 
-from datastore import BaseLM, Datastore, Template, UserError
+from datastore import BaseLM, Datastore, Template, UserError, parse_dataclass
 from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifest
 
 HERE = Path(__file__).resolve().parent
@@ -53,11 +54,7 @@ class Options:
 
 
 def parse_options(arguments=None):
-    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0])
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--demo" in arguments:
-        parser.set_defaults(**DEMO)
-    return parser.parse_args_into_dataclasses(arguments)[0]
+    return parse_dataclass(Options, __doc__.split("\n")[0], arguments, {"demo": DEMO})
 
 
 class Chat:
@@ -130,7 +127,7 @@ def check_request(message, rule, **values):
         raise UserError(f"The blend rule is {' or '.join(RULES)}, not {rule}.")
     for name, value in values.items():
         low, high = RANGES[name]
-        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+        if not isinstance(value, int | float) or not low <= value <= high:
             raise UserError(f"{name} must be from {low} to {high}, not {value}.")
 
 
@@ -197,16 +194,35 @@ def build_page(chat):
 
 
 def untrained_page(options):
+    usual = DEMO["model_dir"] if options.demo else Options.model_dir
     command = "python train_memory_decoder.py" + (" --demo" if options.demo else "")
+    command += "" if options.model_dir == usual else f" --output_dir {shlex.quote(options.model_dir)}"
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Nothing is trained yet\nThere is no memory in `{options.model_dir}`. Run\n\n    {command}\n\n"
                     "and start this page again. Without a GPU, account or network, add `--demo` to both commands.")
     return page
 
 
+def check_address(options):
+    """Raise UserError if the page cannot listen where it is told to."""
+    port = options.server_port
+    if port is not None and not 1 <= port <= 65535:
+        raise UserError(f"--server_port must be from 1 to 65535, not {port}.")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((options.server_name, port or 0))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"Port {port} is in use; name another with --server_port.") from None
+        raise UserError(f"The page cannot listen at {options.server_name}: {error.strerror}; check --server_name and "
+                        "--server_port.") from None
+
+
 def main():
     options = parse_options()
     try:
+        check_address(options)
         manifest = read_manifest(options.model_dir)
         page = build_page(Chat.open(options, manifest)) if manifest else untrained_page(options)
         if not manifest:

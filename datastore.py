@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 SMALL_MODEL = 1_000_000_000  # parameters below which a CPU computes in float32
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
@@ -26,6 +26,22 @@ SEARCH_CHUNK = 8192  # queries a faiss call
 
 class UserError(Exception):
     """Something the user can mend; the message is one sentence that says how."""
+
+
+def parse_dataclass(options, description, arguments, presets):
+    """An `options` dataclass from command-line arguments (None: the process's own).
+
+    presets: {flag: {name: default}}; a flag that is set changes defaults, so that what is given beside it wins.
+    """
+    parser = HfArgumentParser(options, description=description, allow_abbrev=False)
+    for _ in range(2):
+        parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown: {' '.join(unknown)} (--help lists the options)")
+        for flag, defaults in presets.items():
+            if getattr(parsed, flag):
+                parser.set_defaults(**defaults)
+    return parsed
 
 
 class Template:

@@ -296,8 +296,10 @@ def read_manifest(folder):
         return None
     try:
         manifest = json.loads((folder / "config.json").read_text())
-        files = manifest["files"]
-    except (ValueError, KeyError):
+        files = dict(manifest["files"])
+        if not files or not {"base_model", "base_fingerprint", "dtype", "template", "chosen"} <= set(manifest):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"The manifest {folder / 'config.json'} is damaged; train again.") from None
     for name, checksum in files.items():
         if not (folder / name).exists():

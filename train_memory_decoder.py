@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 import evaluation
 from datastore import (
@@ -43,6 +43,7 @@ from datastore import (
     knn_weights,
     one_line,
     open_keys,
+    parse_dataclass,
     pick_device,
     windows_of,
     write_atomically,
@@ -114,12 +115,7 @@ class Options:
 
 
 def parse_options(arguments=None):
-    """Options from the command line; --original and --demo change defaults, so that flags given beside them win."""
-    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0], allow_abbrev=False)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    asked, = parser.parse_args_into_dataclasses(arguments)
-    parser.set_defaults(**(ORIGINAL if asked.original else {}), **(DEMO if asked.demo else {}))
-    return parser.parse_args_into_dataclasses(arguments)[0]
+    return parse_dataclass(Options, __doc__.split("\n")[0], arguments, {"original": ORIGINAL, "demo": DEMO})
 
 
 def read_rows(source, template):

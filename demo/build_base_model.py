@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,9 @@ def prepare(args):
     args.work_dir.mkdir(parents=True, exist_ok=True)
     sources = [(spec.rpartition(":")[0], float(spec.rpartition(":")[2])) if re.search(r":[\d.]+$", spec)
                else (spec, 1.0) for spec in args.text]
-    folder = args.work_dir / f"tokens_{args.vocab_size}"
+    # The folder's name holds what the tokens depend on, so that other texts do not meet old tokens.
+    texts = zlib.crc32(json.dumps([(path, Path(path).stat().st_size) for path, _ in sources]).encode())
+    folder = args.work_dir / f"tokens_{args.vocab_size}_{texts:08x}"
     if not folder.exists():
         print(f"tokenizer: {args.vocab_size} tokens from {len(sources)} files", flush=True)
         documents = [list(read_documents(path)) for path, _ in sources]
@@ -132,17 +135,23 @@ class Sequences:
     """
 
     def __init__(self, tokens, weights, length, seed):
-        self.tokens, self.length, self.seed = tokens, length, seed
-        self.cumulative = np.cumsum(weights) / np.sum(weights)
+        self.tokens, self.weights, self.length, self.seed = tokens, list(weights), length, seed
         self.orders = {}
 
+    def place(self, number):
+        """(file, how many earlier sequences are of that file), without state: shares are exact at every point."""
+        for file, weight in enumerate(self.weights):
+            share = weight / sum(self.weights[file:])
+            earlier = int(number * share)
+            if int((number + 1) * share) > earlier:
+                return file, earlier
+            number -= earlier
+        raise AssertionError("the last file's share is 1")
+
     def __getitem__(self, number):
-        # A low-discrepancy draw keeps every file's share exact, and tells its position without state.
-        draw = (number * 0.6180339887498949) % 1.0
-        file = int(np.searchsorted(self.cumulative, draw, side="right"))
-        share = self.cumulative[file] - (self.cumulative[file - 1] if file else 0)
+        file, drawn = self.place(number)
         count = (len(self.tokens[file]) - 1) // self.length - 1
-        epoch, position = divmod(int(number * share), count)
+        epoch, position = divmod(drawn, count)
         if (file, epoch) not in self.orders:
             rng = np.random.default_rng([self.seed, file, epoch])
             self.orders[file, epoch] = (int(rng.integers(self.length)), rng.permutation(count))

@@ -28,6 +28,7 @@ import train_memory_decoder
 from datastore import Template, UserError, open_keys
 from memory_decoder import RULES, read_manifest
 
+LAUNCH = gr.Blocks.launch
 GOOD = {"alpha": 0.5, "temperature": 0, "top_k": 50, "max_new_tokens": 12, "k": 4, "rule": "logits"}
 QUESTION = "Can my boss refuse to pay me overtime?"
 PASSAGE = re.compile(r'<div class="passage">(?:… )?(.*?)<mark>(.*?)</mark>(.*?)'
@@ -101,8 +102,15 @@ def blocks(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
 
+def launch_and_fail(page, **settings):
+    LAUNCH(page, **settings, prevent_thread_lock=True)
+    page.close()
+    pytest.fail("app.py opened its page")
+
+
 def main_in_process(monkeypatch, capsys, *arguments):
-    """(exit code, lines of stderr that are not a progress bar) of app.py's main()."""
+    """(exit code, lines of stderr that are not a progress bar) of app.py's main(), which must not open its page."""
+    monkeypatch.setattr(gr.Blocks, "launch", launch_and_fail)
     monkeypatch.setattr(sys, "argv", ["app.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         app.main()

@@ -275,7 +275,7 @@ def test_keys_whose_last_bytes_were_lost_are_computed_again(lost, six_rows, trai
 def test_a_search_goes_on_where_it_was_stopped(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     interrupt(monkeypatch, train, folder, Datastore, "search_others", 3)
-    done = int(next(folder.glob("stages/neighbours-*/neighbours_done.txt")).read_text())
+    done = int(next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text())
     searches = count_calls(monkeypatch, Datastore, "search_others")
     train(folder)
     entries = len(np.load(folder / "datastore_values.npy"))
@@ -285,8 +285,8 @@ def test_a_search_goes_on_where_it_was_stopped(six_rows, train, tmp_path, monkey
 
 def test_a_search_killed_while_it_notes_its_progress_can_go_on(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    interrupt(monkeypatch, train, folder, Datastore, "search_others", 3)
-    next(folder.glob("stages/neighbours-*/neighbours_done.txt")).write_text("")  # opened, not yet written
+    interrupt(monkeypatch, train, folder, datastore, "write_atomically", 3)
+    assert next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text() == "1000"
     train(folder)
     assert_same_training(six_rows, folder)
 
@@ -527,10 +527,10 @@ def test_a_stage_has_the_same_folder_only_for_the_same_inputs_and_parents(tmp_pa
 
 def test_a_stage_is_done_once_it_says_so(tmp_path):
     stage = Stage(tmp_path, "index", [])
-    assert not stage.done
+    assert stage.begin()
     stage.finish(recall=0.5)
     again = Stage(tmp_path, "index", [])
-    assert again.done and again.facts["recall"] == 0.5 and again.facts["seconds"] >= 0
+    assert not again.begin() and again.facts["recall"] == 0.5 and again.facts["seconds"] >= 0
     assert [path.name for path in again.path.iterdir()] == ["done.json"]
 
 
