@@ -107,22 +107,24 @@ class MemoryDecoder(nn.Module):
         ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
         the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections.
         """
-        W, keys = head.to(torch.float32, copy=True), keys.float().to(head.device)
-        W -= W.mean(0)  # in place: at 256,000 tokens a copy takes 2 GB
+        keys = keys.float().to(head.device)
         mean, C = keys.mean(0), self.sizes["decoder_dim"]
+        centre = head.mean(0, dtype=torch.float32)
+        gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
         covariance = torch.cov(keys.T)
         # A little of the identity keeps directions that the sample hardly shows from being blown up.
-        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)).to(W))
+        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)).to(keys))
         root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
-        _, Q = torch.linalg.eigh(root @ (W.T @ W) @ root)
+        _, Q = torch.linalg.eigh(root @ gram @ root)
         Q = Q[:, -C:]  # (H, C), or fewer columns where the base is narrower than the decoder
         r = Q.shape[1]
         project = self.input_projection
         project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
         project.weight[r:], project.bias[r:] = project.weight[r:] * 0.1, 0
         self.output_projection.weight.zero_()
-        self.output_projection.weight[:, :r] = W @ root @ Q
-        self.output_projection.bias.copy_(W @ mean)
+        for rows, part in zip(self.output_projection.weight.split(16_384), head.split(16_384), strict=True):
+            rows[:, :r] = (part.float() - centre) @ (root @ Q)
+        self.output_projection.bias.copy_(head @ mean.to(head.dtype) - centre @ mean)
         for block in self.blocks:
             for layer in (block.out, block.mlp[-1]):
                 nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
