@@ -181,7 +181,7 @@ def build_page(chat):
                     slider("k", 8, 1, "K", "neighbours shown below"),
                     gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
                 ]
-                tokens = gr.HighlightedText(label="What the memory changed: its probability minus the base's, token by token",
+                tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")
                 gr.Markdown("**Passages its memories come from** (nearest entries of the answer's last positions)")
                 passages = gr.HTML(elem_id="passages")

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import faiss
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -53,7 +54,8 @@ from memory_decoder import LOGITS_AT_ONCE, MemoryDecoder, TrainingLoss, file_che
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
-        "output_dir": str(HERE / "demo/trained_models"), "max_length": 512, "num_epochs": 6}
+        "output_dir": str(HERE / "demo/trained_models"), "template": "Question: {Question}\nAnswer: {Answer}",
+        "max_length": 512, "batch_size": 4}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last"}
 MOST_VALIDATION_ROWS = 200
@@ -463,7 +465,8 @@ def run(options):
     """All stages; raises UserError for whatever the user can mend."""
     options.check()
     template, device = Template(options.template), pick_device(options.device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=training_precision(device))
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=training_precision(device), kwargs_handlers=[patience])
     rows, held = split_rows(options, template)
     base = BaseLM.load(options.base_model, options.dtype, accelerator.device if device == "cuda" else device)
     if options.max_length > base.max_positions:
