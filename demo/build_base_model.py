@@ -276,6 +276,8 @@ def main():
         print(f"bits per byte {result:.3f}  {path.name}", flush=True)
     if done:
         model.to(torch.bfloat16).save_pretrained(args.output_dir)
+        for key in ("is_local", "local_files_only"):  # where it was read from is of no use to others
+            tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(args.output_dir)
         print(f"saved {args.output_dir}")
 
