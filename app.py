@@ -31,6 +31,7 @@ QUESTIONS = [
 ]
 # Name, lowest, highest: also enforced for values that arrive through the API.
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}
+NO_ANSWER = "*(The model ended its answer at once; ask in other words or change alpha.)*"
 SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
 .passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em 0; font-size: .92em; }
@@ -72,7 +73,7 @@ class Chat:
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
         template = Template(manifest["template"])
         decoder = MemoryDecoder.load(Path(options.model_dir) / "memory_decoder.pt")
-        model = MemoryAugmentedLM(base, decoder, header=template.prompt("").split("\n")[0].rstrip())
+        model = MemoryAugmentedLM(base, decoder, header=template.header)
         return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"])
 
     def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule):
@@ -88,7 +89,7 @@ class Chat:
                 yield answer, merge_tokens(tokens), gr.skip()
         except UserError as error:
             raise gr.Error(str(error), title="Please change one thing", print_exception=False) from None
-        yield answer or "*(The model ended its answer at once; ask in other words or change alpha.)*", merge_tokens(tokens), \
+        yield answer or NO_ANSWER, merge_tokens(tokens), \
             self.passages(torch.stack(states), int(k))
 
     def prompt(self, message, turns, max_new_tokens):
@@ -141,7 +142,8 @@ def turns_of(history):
         if item["role"] == "user":
             question = content
         elif question is not None:
-            turns.append((question, content))
+            if content != NO_ANSWER:
+                turns.append((question, content))
             question = None
     return turns
 
@@ -172,13 +174,13 @@ def build_page(chat):
             with gr.Column(scale=2):
                 chosen = chat.chosen
                 inputs = [
-                    slider("alpha", chosen.get("alpha_logits", 0.5), 0.01, "alpha",
+                    slider("alpha", chosen["alpha_logits"], 0.01, "alpha",
                            "0: base model alone, 1: memory alone. Chosen in training: "
                            f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
                     slider("temperature", 0.7, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
-                    slider("k", 8, 1, "K", "neighbours shown below"),
+                    slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
                     gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",

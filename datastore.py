@@ -64,6 +64,11 @@ class Template:
         """The text before the first field: the same in every example."""
         return self.segments[0][0].rstrip()
 
+    @property
+    def header(self):
+        """What every prompt begins with."""
+        return self.segments[-2:][0][0].strip()
+
     def render(self, row):
         """The whole text of one row (a dict that has every field)."""
         return self.pattern.format(**{field: str(row[field]).strip() for field in self.fields})
@@ -99,6 +104,8 @@ class BaseLM:
         self.width, self.vocabulary = self.head.weight.shape[1], self.head.weight.shape[0]
         self.max_positions = getattr(config, "max_position_embeddings", None) or 2048
         self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so answers would never end.")
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._check_logits()
@@ -123,7 +130,7 @@ class BaseLM:
 
     @property
     def fingerprint(self):
-        """A checksum of the vocabulary and a sample of every weight: the same in whatever dtype the model is loaded."""
+        """A checksum of the vocabulary and a sample of every weight: the same for float32 and bfloat16."""
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             flat = weight.detach().flatten()
@@ -292,7 +299,8 @@ def write_keys(base, windows, offsets, path, batch_size):
         for _, hidden in hidden_batches(base, windows[first:], batch_size):
             keys = hidden.to("cpu", torch.float16).numpy()
             if not np.isfinite(keys).all():
-                raise UserError(f"Some hidden states of {base.name} do not fit in 16 bits; try --dtype float32.")
+                raise UserError(f"Some hidden states of {base.name} are not finite or above 65504, the most that keys hold; "
+                                "try another --dtype or base model.")
             file.write(keys.tobytes())
             bar.update(len(keys))
 
@@ -333,7 +341,9 @@ def build_index(keys, factory, seed=0):
             ivf.nprobe = max(8, lists // 32)
         if not index.is_trained:
             picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:max(40 * lists, 20_000)])
-            index.train(keys[picks].astype(np.float32) - mean)
+            sample = keys[picks].astype(np.float32)
+            sample -= mean
+            index.train(sample)
         for i in tqdm(chunks, desc="index", unit="chunk"):
             index.add(keys[i:i + 65536].astype(np.float32) - mean)
     except RuntimeError as error:
@@ -355,9 +365,10 @@ class Datastore:
         with np.load(folder / "datastore_entries.npz", allow_pickle=False) as entries:
             example, position, mean = entries["example"], entries["position"], entries["mean"]
         values = np.load(folder / "datastore_values.npy", allow_pickle=False)
-        lines = (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()
         index = faiss.read_index(str(folder / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
-        return cls(index, mean, values, example, position, [json.loads(line)["text"] for line in lines])
+        with open(folder / "examples.jsonl", encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028
+            texts = [json.loads(line)["text"] for line in lines]
+        return cls(index, mean, values, example, position, texts)
 
     def __len__(self):
         return len(self.values)

@@ -105,7 +105,8 @@ class MemoryDecoder(nn.Module):
         head: the base's output weight (V, H). keys: a sample of hidden states (P, H). Among all rank-C maps M
         the start minimises E|W(h - mean) - M(h - mean)|^2, with W centred over the vocabulary since softmax
         ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
-        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections.
+        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections; the two
+        LayerNorms fix the length of the projected state, so the start is that map up to scale.
         """
         keys = keys.float().to(head.device)
         mean, C = keys.mean(0), self.sizes["decoder_dim"]
@@ -113,10 +114,11 @@ class MemoryDecoder(nn.Module):
         gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
         covariance = torch.cov(keys.T)
         # A little of the identity keeps directions that the sample hardly shows from being blown up.
-        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)).to(keys))
+        covariance, gram = covariance.cpu(), gram.cpu()  # not every accelerator has eigh
+        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)))
         root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
         _, Q = torch.linalg.eigh(root @ gram @ root)
-        Q = Q[:, -C:]  # (H, C), or fewer columns where the base is narrower than the decoder
+        root, inverse, Q = (x.to(head.device) for x in (root, inverse, Q[:, -C:]))  # Q (H, C), fewer if H is less
         r = Q.shape[1]
         project = self.input_projection
         project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
@@ -341,17 +343,18 @@ class VisibleText:
         """The text that may be shown now that `text` has been generated."""
         self.held += text
         if not self.begun:
-            self.held = self.held.lstrip()
-            self.begun = bool(self.held)
+            self.held = "\n" + self.held.lstrip()  # a stop text may come first, whatever space stood before it
         cuts = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if cuts:
             self.held, self.stopped = self.held[:min(cuts)], True
             return self.flush()
         hold = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        shown, self.held = self.held[:len(self.held) - hold], self.held[len(self.held) - hold:]
-        return shown
+        return self.flush(hold)
 
-    def flush(self):
-        """What is still held back, once no more text can come."""
-        shown, self.held = self.held, ""
+    def flush(self, hold=0):
+        """What is held back but for the last `hold` characters; all of it once no more text can come."""
+        shown, self.held = self.held[:len(self.held) - hold], self.held[len(self.held) - hold:]
+        if not self.begun:
+            shown = shown.lstrip()
+            self.begun = bool(shown)
         return shown

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -212,7 +213,7 @@ class Stages:
             return {name: str(getattr(options, name)) for name in names}
 
         self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(texts), template.pattern,
-                                                   values("max_length", "positions", "batch_size")])
+                                                   values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
         self.decoder = Stage(root, "decoder", values("decoder_dim", "context", "norm", "head_init", "num_epochs", "decoder_lr",
@@ -223,19 +224,24 @@ class Stages:
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
 
 
-def plan(options, base, windows, entries, index_stage):
+def plan(options, base, windows, entries, stages, is_main=True):
     """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string.
 
-    What auto chose depends on the memory that was free, so the choice is kept with the stage.
+    What auto chose depends on the memory that was free, so the choice is kept with the stage. Files that an earlier run
+    left for this one are not asked for again, and only the main process asks.
     """
-    output = index_stage.path.parent
+    output = stages.index.path.parent
     free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(output).free
     factory = choose_index(entries, base.width, free_memory // 2) if options.index == "auto" else options.index
-    if (index_stage / "factory.txt").exists():
-        factory = (index_stage / "factory.txt").read_text()
-    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * base.width
+    if (stages.index / "factory.txt").exists():
+        factory = (stages.index / "factory.txt").read_text()
+    if not is_main:
+        return factory
+    reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
+    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
     index, keys = entries * (width + 8), entries * base.width * 2
     disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
+    disk = max(0, disk - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
     memory = index + 16 * weights + 3 * 4 * LOGITS_AT_ONCE
     seconds = estimate_seconds(options, base, windows, entries, weights)
@@ -253,10 +259,10 @@ def plan(options, base, windows, entries, index_stage):
 
 def estimate_seconds(options, base, windows, entries, weights):
     """Seconds for all stages, by the pace of one measured forward pass and counts of multiplications."""
-    ids = torch.tensor([windows[-1].ids])
-    base.hidden(ids)
+    ids = torch.tensor([windows[0].ids])
+    base.hidden(ids).sum().item()
     began = time.monotonic()
-    base.hidden(ids)
+    base.hidden(ids).sum().item()  # a number, so that an accelerator has finished
     parameters, tokens = sum(p.numel() for p in base.decoder.parameters()), sum(len(w.ids) for w in windows)
     pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
     searched = entries if entries <= 50_000 else entries / 16
@@ -347,7 +353,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     total = per_epoch * options.num_epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
     model, optimizer = accelerator.prepare(model, optimizer)
-    step, losses = load_checkpoint(stage, decoder, optimizer, schedule, accelerator.device)
+    step, losses = load_checkpoint(stage, decoder, optimizer, schedule, total)
     saved_at = time.monotonic()
     with tqdm(total=total, initial=step, desc="decoder", unit="step", disable=not accelerator.is_main_process) as bar:
         while step < total:
@@ -365,7 +371,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
                 losses.append([step, loss.item(), kl.item(), ce.item()])
                 bar.set_postfix(loss=f"{losses[-1][1]:.3f}", kl=f"{losses[-1][2]:.3f}", ce=f"{losses[-1][3]:.3f}", refresh=False)
             if accelerator.is_main_process and (step % per_epoch == 0 or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
-                save_checkpoint(stage, decoder, optimizer, schedule, step, losses)
+                save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total)
                 saved_at = time.monotonic()
     if accelerator.is_main_process:
         decoder.save(stage / "memory_decoder.pt")
@@ -379,18 +385,23 @@ def training_temperature(options, neighbours):
     return default_temperature(np.load(neighbours / "neighbours_D.npy", mmap_mode="r"))
 
 
-def save_checkpoint(stage, decoder, optimizer, schedule, step, losses):
+def save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total):
     state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-             "step": step, "losses": losses}
+             "step": step, "losses": losses, "total": total}
     torch.save(state, stage / "checkpoint.part")
     os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
 
 
-def load_checkpoint(stage, decoder, optimizer, schedule, device):
-    """(steps done, losses so far) after restoring a checkpoint, if there is one."""
+def load_checkpoint(stage, decoder, optimizer, schedule, total):
+    """(steps done, losses so far) after restoring a checkpoint, if there is one of a run with as many steps.
+
+    Another number of processes makes another number of steps; the decoder then starts afresh.
+    """
     if not (stage / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(stage / "checkpoint.pt", map_location=device, weights_only=True)
+    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if state["total"] != total:
+        return 0, []
     decoder.load_state_dict(state["decoder"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -440,7 +451,7 @@ def publish(options, base, template, metrics, stages, output):
         os.replace(output / f"{name}.part", output / name)
     write_atomically(output / "config.json", json.dumps(manifest, indent=2) + "\n")
     for folder in output.joinpath("stages").iterdir():
-        if folder not in [stage.path for stage in stages]:
+        if folder.is_dir() and folder not in [stage.path for stage in stages]:
             shutil.rmtree(folder)
 
 
@@ -457,7 +468,7 @@ def count_entries(options, entries):
 def training_precision(device):
     """bf16 where the hardware multiplies it faster than float32, else no mixed precision."""
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
@@ -468,7 +479,7 @@ def run(options):
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=training_precision(device), kwargs_handlers=[patience])
     rows, held = split_rows(options, template)
-    base = BaseLM.load(options.base_model, options.dtype, accelerator.device if device == "cuda" else device)
+    base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if device == "cuda" else device)
     if options.max_length > base.max_positions:
         raise UserError(f"--max_length {options.max_length} is more than the {base.max_positions} positions of {base.name}.")
     texts, held_texts = ([template.render(row) for row in part] for part in (rows, held))
@@ -484,7 +495,7 @@ def run(options):
     except OSError as error:
         raise UserError(f"Nothing can be written to the folder {output}: {error.strerror}.") from None
     with accelerator.main_process_first():
-        factory = plan(options, base, windows, total, stages.index)
+        factory = plan(options, base, windows, total, stages, accelerator.is_main_process)
         keys = build_datastore(options, base, texts, windows, entries, stages.datastore)
         store = build_neighbours(options, keys, entries, texts, factory, stages)
     if stages.decoder.begin():
@@ -506,6 +517,8 @@ def main():
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        sys.exit(fail(f"A file could not be read or written: {one_line(error)}; the same command goes on from here."))
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
             raise

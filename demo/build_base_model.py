@@ -45,12 +45,12 @@ def parse_args():
     add("--hidden_size", type=int, default=256, help="model width")
     add("--num_layers", type=int, default=5, help="Transformer layers")
     add("--intermediate_size", type=int, default=1024, help="width of the gated MLP")
-    add("--tokens", type=int, default=18_000_000, help="training tokens in all")
+    add("--tokens", type=int, default=9_011_200, help="training tokens in all")
     add("--batch_size", type=int, default=16, help="sequences a step")
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
     add("--embedding_lr", type=float, default=4e-3, help="AdamW's learning rate for embeddings and norms")
-    add("--decay", type=float, default=0.6, help="final share of the steps over which the rate falls to 0")
+    add("--decay", type=float, default=0.5, help="final share of the steps over which the rate falls to 0")
     add("--checkpoint_minutes", type=float, default=5, help="minutes between checkpoints")
     add("--stop_after_minutes", type=float, default=math.inf, help="checkpoint and stop after so long")
     add("--compile", action="store_true", help="compile the model first (needs a C++ compiler on a CPU)")
@@ -219,7 +219,9 @@ def save_checkpoint(path, model, optimizers, step):
 
 def train(args, model, tokenizer, tokens, weights, probe_text):
     """Train to args.tokens, going on from the checkpoint if there is one; returns whether it is done."""
-    path = args.work_dir / f"checkpoint_{args.vocab_size}_{args.hidden_size}x{args.num_layers}.pt"
+    sizes = f"{args.hidden_size}x{args.num_layers}x{args.intermediate_size}"
+    texts = zlib.crc32(b"".join(array[:65536].tobytes() for array in tokens))  # other texts have checkpoints of their own
+    path = args.work_dir / f"checkpoint_{args.vocab_size}_{sizes}_{texts:08x}.pt"
     optimizers, step = make_optimizers(model, args), 0
     if path.exists():
         state = torch.load(path, map_location=args.device, weights_only=True)
@@ -261,7 +263,7 @@ def train(args, model, tokenizer, tokens, weights, probe_text):
             if time.monotonic() - begun > 60 * args.stop_after_minutes:
                 break
     save_checkpoint(path, model, optimizers, step)
-    return step == steps
+    return step >= steps
 
 
 def main():

@@ -262,6 +262,12 @@ def test_a_stop_text_is_found_however_it_is_cut(pieces):
     assert "".join(visible.add(piece) for piece in pieces if not visible.stopped) == "a" and visible.stopped
 
 
+@pytest.mark.parametrize("pieces", [["\nQ:", " b"], [" Q:"], ["\n", "\n", "Q", ": b"]])
+def test_a_stop_text_may_come_first(pieces):
+    visible = VisibleText(["\nQ:"])
+    assert "".join(visible.add(piece) for piece in pieces if not visible.stopped) == "" and visible.stopped
+
+
 def test_a_prompt_that_does_not_fit_is_refused_in_words(model):
     with pytest.raises(UserError, match="reads at most 512"):
         next(model.stream("word " * 600))
