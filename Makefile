@@ -18,7 +18,7 @@ bench: .venv/runtime
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "installing into .venv: one to several minutes, about 2 GB"
+	@echo "installing into .venv: one to several minutes; 2 GB, or more where torch comes with CUDA"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	@touch $@
