@@ -1,6 +1,6 @@
 """Does everything fit at Gemma-2b's real size? Both scripts' work on random weights of that shape.
 
-    python benchmarks/gemma_2b_shape.py --folder /tmp/gemma_2b_shape      # 5 GB of disk, about 14 GB of memory
+    python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape    # 5 GB of disk, about 14 GB of memory
 
 Trains on four short rows, streams ten tokens, and times a streamed token against the original demo's way of
 making one: two forwards of the base model over the whole prefix and a search of the index.
