@@ -87,8 +87,8 @@ class Template:
 
     @property
     def stops(self):
-        """Texts that begin a next example or turn, where an answer therefore ends."""
-        headers = {literal.strip() for literal, _ in self.segments[:-1]}
+        """Texts that begin a next field, example or turn, where an answer therefore ends."""
+        headers = {literal.strip() for literal, _ in self.segments}
         return sorted("\n" + header for header in headers if header)
 
 

@@ -55,8 +55,8 @@ def test_a_prompt_is_the_beginning_of_a_text_without_the_fields_a_chat_does_not_
     assert whole.render({"q": "Why?", "a": "So."}).startswith(whole.prompt("Why?"))
 
 
-def test_the_header_of_a_next_turn_ends_an_answer():
-    assert TEMPLATE.stops == ["\nQuestion:", "\nTitle:"]
+def test_the_header_of_any_field_ends_an_answer():
+    assert TEMPLATE.stops == ["\nAnswer:", "\nQuestion:", "\nTitle:"]
 
 
 @pytest.mark.parametrize("pattern", ["no field at all", "a {broken", ""])
