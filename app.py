@@ -31,6 +31,7 @@ QUESTIONS = [
 ]
 # Name, lowest, highest: also enforced for values that arrive through the API.
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}
+SEEDS = 2**31
 NO_ANSWER = "*(The model ended its answer at once; ask in other words or change alpha.)*"
 SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
@@ -76,13 +77,20 @@ class Chat:
         model = MemoryAugmentedLM(base, decoder, header=template.header)
         return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"])
 
-    def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule):
-        """Yield (answer so far, tokens with how much the memory raised or lowered each, passages as HTML)."""
+    def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None):
+        """Yield (answer so far, tokens with how much the memory raised or lowered each, passages as HTML).
+
+        seed: the same whole number and settings give the same answer; None draws anew.
+        """
         try:
             check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k)
+            if seed is not None and not 0 <= seed < SEEDS:
+                raise UserError(f"seed must be empty or from 0 to {SEEDS - 1}, not {seed}.")
+            seed = seed if seed is None else int(seed)
             prompt = self.prompt(message.strip(), turns_of(history), int(max_new_tokens))
             answer, tokens, states = "", [], []
-            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops):
+            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
+                                          seed):
                 answer += step.text
                 tokens.append((step.text, step.memory - step.base))
                 states = [*states, step.hidden][-int(k):]
@@ -182,6 +190,8 @@ def build_page(chat):
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
                     gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
+                    gr.Number(None, label="seed", precision=0, elem_id="seed", placeholder="empty: a new draw every time",
+                              info="with a number here, ask again at another alpha: what changes is the memory's doing"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")

@@ -13,20 +13,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from datastore import UserError, shared_prefix
 
-LOGITS_AT_ONCE = 2**26  # numbers in one block of logits: 256 MiB in float32
+LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
+SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
 RULES = ("logits", "probabilities")
 
 
 class Block(nn.Module):
     """One Transformer encoder layer under a causal mask that reaches back `context` positions, itself included."""
 
-    def __init__(self, width, heads, context, norm_first):
+    def __init__(self, width, heads, context, norm_first, dropout):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.heads, self.context, self.norm_first = heads, context, norm_first
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -38,19 +39,24 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v)
         S = k.shape[2]
-        if S == T and self.context >= T:
+        ago = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
+        seen = (ago >= 0) & (ago < self.context)  # (T, S)
+        if x.device.type == "cpu" and B * self.heads * T * S <= SCORES_AT_ONCE:
+            # For heads as narrow as these, PyTorch's fused attention takes twice as long on a CPU.
+            bias = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+            y = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + bias, dim=-1) @ v
+        elif S == T and self.context >= T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            ago = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(ago >= 0) & (ago < self.context))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x, cache=None):
         if self.norm_first:
-            x = x + self.attend(self.attention_norm(x), cache)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self.attend(x, cache))
-        return self.mlp_norm(x + self.mlp(x))
+            x = x + self.dropout(self.attend(self.attention_norm(x), cache))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attend(x, cache)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 class DecoderCache:
@@ -75,7 +81,8 @@ class MemoryDecoder(nn.Module):
     With context=1 every position is read alone, as in the original demo.
     """
 
-    def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True):
+    def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True,
+                 dropout=0.0):
         super().__init__()
         if decoder_dim % num_heads:
             raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
@@ -84,7 +91,7 @@ class MemoryDecoder(nn.Module):
                       "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
-        self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, vocab_size)
 
@@ -153,13 +160,40 @@ def merge_votes(tokens, weights):
     return first, merged
 
 
-def _loss_sums(features, projection, tokens, weights, targets):
-    """Sums over P positions of the cross terms -sum(p log q) with the kNN distribution and with the next token."""
-    z = projection(features).float()
-    lse = torch.logsumexp(z, dim=-1)
-    to_neighbours = lse * weights.sum(1) - (weights * z.gather(1, tokens)).sum(1)
-    to_next = lse - z.gather(1, targets[:, None])[:, 0]
-    return to_neighbours.sum(), to_next.sum()
+class _SparseCrossEntropy(torch.autograd.Function):
+    """Sums over P positions of -sum(p log q) and -log q[target], and the gradient of a mixture of both.
+
+    The gradient with respect to the logits is known in closed form, so each block of logits is made once, turned into
+    its gradient in place and dropped, in the forward pass already.
+    """
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows):
+        total = kl_weight * weights.sum(1) + (1 - kl_weight)  # what multiplies q in the gradient; 1 but for lost neighbours
+        grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)]
+        cross, ce = weights.new_zeros(()), weights.new_zeros(())
+        for i in range(0, len(targets), rows):
+            block = slice(i, i + rows)
+            f, p, t, y = features[block], weights[block], tokens[block], targets[block, None]
+            z = F.linear(f, weight, bias).float()
+            z.sub_(z.amax(1, keepdim=True))
+            z_t, z_y = z.gather(1, t), z.gather(1, y)
+            mass = z.exp_().sum(1, keepdim=True)
+            lse = mass.log()
+            cross += (lse * p - p * z_t).sum()
+            ce += (lse - z_y).sum()
+            g = z.mul_(total[block, None] / mass)
+            g.scatter_add_(1, t, -kl_weight * p).scatter_add_(1, y, torch.full_like(lse, kl_weight - 1))
+            grads[0][block] = g.to(f.dtype) @ weight.to(f.dtype)
+            grads[1] += g.to(f.dtype).T @ f
+            grads[2] += g.sum(0)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(cross, ce)
+        return kl_weight * cross + (1 - kl_weight) * ce, cross, ce
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
 
 
 def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
@@ -169,18 +203,14 @@ def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
     distributions; targets (P,) the next tokens. No (P, V) target exists, and logits exist for one block of
     positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
     """
-    P = len(targets)
-    rows = max(1, LOGITS_AT_ONCE // projection.out_features)
-    cross, ce = features.new_zeros(()), features.new_zeros(())
-    for i in range(0, P, rows):
-        block = (features[i:i + rows], projection, tokens[i:i + rows], weights[i:i + rows], targets[i:i + rows])
-        # With several blocks their logits are computed again in the backward pass instead of kept.
-        sums = _loss_sums(*block) if rows >= P else checkpoint(_loss_sums, *block, use_reentrant=False)
-        cross, ce = cross + sums[0], ce + sums[1]
+    P, rows = len(targets), max(1, LOGITS_AT_ONCE // projection.out_features)
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    loss, cross, ce = _SparseCrossEntropy.apply(features, projection.weight, projection.bias, tokens, weights, targets,
+                                                kl_weight, rows)
     _, merged = merge_votes(tokens, weights)
     entropy = -torch.xlogy(merged, merged).sum()
-    kl, ce = (cross - entropy) / P, ce / P
-    return kl_weight * kl + (1 - kl_weight) * ce, kl.detach(), ce.detach()
+    return (loss - kl_weight * entropy) / P, (cross - entropy) / P, ce / P
 
 
 class TrainingLoss(nn.Module):

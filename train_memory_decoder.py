@@ -42,6 +42,7 @@ from datastore import (
     default_temperature,
     entries_of,
     find_neighbours,
+    keep_freed_memory,
     knn_weights,
     one_line,
     open_keys,
@@ -86,6 +87,7 @@ class Options:
     context: int = option(128, "query states that attention reaches back; 1 reads each alone")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
+    dropout: float = option(0.1, "share of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
     batch_size: int = option(16, "windows a step")
@@ -105,8 +107,10 @@ class Options:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
-        if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 < self.validation_fraction < 1:
-            raise UserError("--decoder_lr must be above 0, --kl_weight from 0 to 1, and --validation_fraction between 0 and 1.")
+        if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 <= self.dropout < 1 \
+                or not 0 < self.validation_fraction < 1:
+            raise UserError("--decoder_lr must be above 0, --kl_weight from 0 to 1, --dropout from 0 to below 1, "
+                            "and --validation_fraction between 0 and 1.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}.")
         pick_device(self.device)
@@ -216,8 +220,9 @@ class Stages:
                                                    values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        self.decoder = Stage(root, "decoder", values("decoder_dim", "context", "norm", "head_init", "num_epochs", "decoder_lr",
-                                                     "batch_size", "kl_weight", "knn_temperature", "seed"), self.neighbours)
+        learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "batch_size",
+                          "kl_weight", "knn_temperature", "seed")
+        self.decoder = Stage(root, "decoder", learning, self.neighbours)
         self.report = Stage(root, "report", digest(held_texts), self.decoder)
 
     def __iter__(self):
@@ -334,7 +339,7 @@ def make_decoder(options, base, keys):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
     decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
-                            norm_first=options.norm == "pre")
+                            norm_first=options.norm == "pre", dropout=options.dropout)
     if options.head_init == "base":
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
         decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))
@@ -360,6 +365,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
             epoch, number = divmod(step, per_epoch)
             if number == 0 or step == bar.initial:
                 order = epoch_batches(lengths, options.batch_size, options.seed, epoch)
+            torch.manual_seed((options.seed + step) % 2**63)  # dropout's draws, the same after a restart
             numbers = order[(number * world + accelerator.process_index) % len(order)]
             loss, kl, ce = model(*batches(numbers, accelerator.device))
             accelerator.backward(loss)
@@ -475,6 +481,7 @@ def training_precision(device):
 def run(options):
     """All stages; raises UserError for whatever the user can mend."""
     options.check()
+    keep_freed_memory()
     template, device = Template(options.template), pick_device(options.device)
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=training_precision(device), kwargs_handlers=[patience])

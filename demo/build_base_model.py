@@ -15,6 +15,7 @@ import lzma
 import math
 import os
 import re
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -24,6 +25,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datastore import keep_freed_memory
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]  # ids 0 to 3, as in Gemma
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -45,12 +50,12 @@ def parse_args():
     add("--hidden_size", type=int, default=256, help="model width")
     add("--num_layers", type=int, default=5, help="Transformer layers")
     add("--intermediate_size", type=int, default=1024, help="width of the gated MLP")
-    add("--tokens", type=int, default=9_011_200, help="training tokens in all")
+    add("--tokens", type=int, default=34_000_000, help="training tokens in all")
     add("--batch_size", type=int, default=16, help="sequences a step")
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
     add("--embedding_lr", type=float, default=4e-3, help="AdamW's learning rate for embeddings and norms")
-    add("--decay", type=float, default=0.5, help="final share of the steps over which the rate falls to 0")
+    add("--decay", type=float, default=0.9, help="final share of the steps over which the rate falls to 0")
     add("--checkpoint_minutes", type=float, default=5, help="minutes between checkpoints")
     add("--stop_after_minutes", type=float, default=math.inf, help="checkpoint and stop after so long")
     add("--compile", action="store_true", help="compile the model first (needs a C++ compiler on a CPU)")
@@ -198,8 +203,11 @@ def loss_of(model, batch, device):
 
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, text, length, device):
-    """Bits per UTF-8 byte of `text`; every token but the first half window's has length/2 tokens before it."""
-    ids = encode(tokenizer, text).astype(np.int64)
+    """Bits per UTF-8 byte of `text`; every token but the first half window's has length/2 tokens before it.
+
+    A special token's name in the text is that token: WikiText's <unk> is read as the unknown token it stands for.
+    """
+    ids = np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
     half, nats = length // 2, 0.0
     starts = range(0, len(ids), half)
     for start in starts:
@@ -268,6 +276,7 @@ def train(args, model, tokenizer, tokens, weights, probe_text):
 
 def main():
     args = parse_args()
+    keep_freed_memory()
     tokenizer, tokens, weights, held_out = prepare(args)
     print("tokens: " + ", ".join(f"{len(array):,}" for array in tokens), flush=True)
     model = make_model(args)

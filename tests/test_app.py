@@ -341,7 +341,16 @@ def test_greedy_answers_repeat_and_depend_on_alpha(client, rule):
     assert given[:2] == given[2:] and given[0] != given[1]
 
 
+def test_a_seed_repeats_an_answer_and_no_seed_draws_anew(client):
+    def drawn(**seed):
+        client.reset_session()
+        return ask(client, temperature=2, top_k=200, max_new_tokens=40, **seed)[0]
+    assert drawn(seed=3) == drawn(seed=3) != drawn(seed=4)
+    assert drawn(seed=None) != drawn()
+
+
 @pytest.mark.parametrize(("changes", "words"), [
+    ({"seed": -1}, "seed"), ({"seed": 2**31}, "seed"),
     ({"alpha": 1.01}, "1"), ({"alpha": -0.5}, "0"), ({"temperature": 3}, "2"), ({"max_new_tokens": 100_000}, "1000"),
     ({"k": 0}, "1"), ({"top_k": 0}, "1"), ({"rule": "mean"}, "probabilities"),
     ({"message": ""}, "Type a question first."), ({"message": " \n"}, "Type a question first."),

@@ -1,0 +1,55 @@
+"""What the embedded default answers at alpha 0, at the chosen alpha and at 1: same questions, same seed, side by side.
+
+    python benchmarks/demo_answers.py > answers.md    # after train_memory_decoder.py --demo
+
+Asks through the page's own code with the page's own defaults, and writes Markdown.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import app
+from memory_decoder import read_manifest
+
+SEED = 0
+SETTINGS = {"temperature": 0.7, "top_k": 50, "max_new_tokens": 200, "k": 8, "rule": "logits", "seed": SEED}
+AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
+         "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
+NEW = [  # in no row of the file, but on topics that rows are about
+    "My landlord says the scratches on the floor were there because of my dog and took the whole deposit. Is that allowed?",
+    "How long do I have to tell a debt collector that I do not owe the money?",
+    "Who gets my house if I die without a will and have no children?",
+]
+
+
+def stored_questions(store):
+    """The shortest question of a remembered text in each of the areas, as (area, question)."""
+    rows = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text(encoding="utf-8").splitlines()]
+    remembered = "\n".join(store.texts)
+    for area in AREAS:
+        questions = [row["Question"] for row in rows if row["Title"].startswith(area) and row["Answer"] in remembered]
+        yield area, min(questions, key=len)
+
+
+def cell(answer):
+    return " ".join(answer.split()).replace("|", "\\|")
+
+
+def main():
+    options = app.parse_options(["--demo", *sys.argv[1:]])
+    chat = app.Chat.open(options, read_manifest(options.model_dir))
+    alphas = (0, chat.chosen["alpha_logits"], 1)
+    asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]
+    for number, (origin, question) in enumerate(asked, 1):
+        print(f"**{number}. {question}** ({origin})\n")
+        print("| " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |\n|" + "---|" * len(alphas))
+        answers = [list(chat.answer(question, [], alpha, **SETTINGS))[-1][0] for alpha in alphas]
+        print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
