@@ -50,7 +50,7 @@ def parse_args():
     add("--hidden_size", type=int, default=256, help="model width")
     add("--num_layers", type=int, default=5, help="Transformer layers")
     add("--intermediate_size", type=int, default=1024, help="width of the gated MLP")
-    add("--tokens", type=int, default=34_000_000, help="training tokens in all")
+    add("--tokens", type=int, default=27_000_000, help="training tokens in all")
     add("--batch_size", type=int, default=16, help="sequences a step")
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
