@@ -91,6 +91,7 @@ class MemoryDecoder(nn.Module):
                       "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
+        self.state_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, vocab_size)
@@ -98,6 +99,7 @@ class MemoryDecoder(nn.Module):
     def features(self, hidden, cache=None):
         """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
         x = self.input_norm(self.input_projection(hidden))
+        x = x * self.state_dropout(torch.ones_like(x[..., :1]))  # whole states, so that a part of a question is cue enough
         for block in self.blocks:
             x = block(x, cache)
         return self.output_norm(x)

@@ -36,6 +36,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 HELD_OUT = 0.02
 FULL_LENGTH = 0.3  # final share of the steps that reads max_length at once; the others read halves
+UNKNOWN = 0.005  # share of tokens that become <unk> in those last steps: else that token would never be trained
 LEFT_OUT = ("business-ethics", "introduction-political-science", "business-law")  # closest to the demo's domain
 
 
@@ -171,6 +172,13 @@ def halve(batch):
     return np.concatenate([batch[:, :1].repeat(2, axis=0), np.concatenate([first, second])], axis=1)
 
 
+def mark_unknown(batch, seed):
+    """Sequences (B, T+1) with a share UNKNOWN of the tokens behind BOS replaced by <unk>, the same for the same seed."""
+    chosen = np.random.default_rng(seed).random(batch.shape) < UNKNOWN
+    chosen[:, 0] = False
+    return np.where(chosen, SPECIAL.index("<unk>"), batch)
+
+
 def make_model(args):
     torch.manual_seed(args.seed)
     config = GemmaConfig(
@@ -248,8 +256,8 @@ def train(args, model, tokenizer, tokens, weights, probe_text):
             for optimizer, base in zip(optimizers, (args.lr, args.embedding_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = base * rate_factor(step, steps, args.decay)
-            if step < (1 - FULL_LENGTH) * steps:
-                batch = halve(batch)  # attention costs a quarter of the step at full length
+            # Halves first: attention costs a quarter of the step at full length.
+            batch = halve(batch) if step < (1 - FULL_LENGTH) * steps else mark_unknown(batch, [args.seed, step])
             loss = loss_of(run, batch, args.device)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -178,6 +178,15 @@ def test_halves_have_bos_in_front_and_lose_no_token():
     assert halves.tolist() == expected
 
 
+def test_a_small_share_of_tokens_behind_bos_becomes_unknown():
+    batch = np.concatenate([np.full((50, 1), 2), np.arange(100, 50_100).reshape(50, 1000)], axis=1)
+    marked = build_base_model.mark_unknown(batch, [0, 7])
+    assert (marked == build_base_model.mark_unknown(batch, [0, 7])).all()
+    assert (marked[marked != batch] == 3).all() and (marked[:, 0] == 2).all()
+    assert 0.003 < (marked == 3).mean() < 0.008
+    assert (marked != build_base_model.mark_unknown(batch, [0, 8])).any()
+
+
 def test_the_rate_warms_up_stays_and_falls_to_nearly_nothing():
     steps, decay = 1000, 0.4
     rates = [build_base_model.rate_factor(step, steps, decay) for step in range(steps)]

@@ -86,6 +86,23 @@ def test_cached_decoding_equals_reading_the_whole_sequence(context, norm_first):
     torch.testing.assert_close(torch.cat(pieces, 1), decoder(hidden), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("context", [1, 5, 99])
+def test_attention_written_out_equals_the_fused_one(monkeypatch, context):
+    decoder, hidden, given = make_decoder(context=context), torch.randn(3, 20, 32), []
+    for most in (0, 2**25):
+        monkeypatch.setattr(memory_decoder, "SCORES_AT_ONCE", most)
+        logits = decoder(hidden)
+        given.append((logits, *torch.autograd.grad(logits.square().mean(), list(decoder.parameters()), allow_unused=True)))
+    torch.testing.assert_close(*given)
+
+
+def test_dropout_acts_in_training_and_not_after_loading(tmp_path):
+    decoder, hidden = make_decoder(dropout=0.5).train(), torch.randn(1, 6, 32)
+    assert not torch.equal(decoder(hidden), decoder(hidden))
+    decoder.save(tmp_path / "decoder.pt")
+    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder.eval()(hidden))
+
+
 def test_no_position_sees_a_later_one():
     decoder, hidden = make_decoder(context=8), torch.randn(1, 12, 32)
     changed = hidden.clone()
