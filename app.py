@@ -22,7 +22,8 @@ from datastore import BaseLM, Datastore, Template, UserError, parse_dataclass
 from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifest
 
 HERE = Path(__file__).resolve().parent
-DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model")}
+DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
+        "temperature": 0.3}  # a small model's second choices are seldom good ones
 QUESTIONS = [
     "My landlord has not returned my security deposit. What can I do?",
     "Can my boss refuse to pay me overtime?",
@@ -52,6 +53,7 @@ class Options:
     server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network")
     server_port: int | None = option(None, "port; default: the first free one from 7860")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    temperature: float = option(0.7, "where the page's temperature slider starts")
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
 
@@ -84,9 +86,7 @@ class Chat:
         """
         try:
             check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k)
-            if seed is not None and not 0 <= seed < SEEDS:
-                raise UserError(f"seed must be empty or from 0 to {SEEDS - 1}, not {seed}.")
-            seed = seed if seed is None else int(seed)
+            seed = whole_seed(seed)
             prompt = self.prompt(message.strip(), turns_of(history), int(max_new_tokens))
             answer, tokens, states = "", [], []
             for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
@@ -134,10 +134,23 @@ def check_request(message, rule, **values):
         raise UserError("Type a question first.")
     if rule not in RULES:
         raise UserError(f"The blend rule is {' or '.join(RULES)}, not {rule}.")
+    check_ranges(**values)
+
+
+def check_ranges(**values):
     for name, value in values.items():
         low, high = RANGES[name]
         if not isinstance(value, int | float) or not low <= value <= high:
             raise UserError(f"{name} must be from {low} to {high}, not {value}.")
+
+
+def whole_seed(seed):
+    """The seed as an int, or None for a new draw; raises UserError for anything else."""
+    if seed is None:
+        return None
+    if not isinstance(seed, int | float) or not 0 <= seed < SEEDS:
+        raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {seed}.")
+    return int(seed)
 
 
 def turns_of(history):
@@ -172,7 +185,7 @@ def slider(name, value, step, label, info):
     return gr.Slider(low, high, value=value, step=step, label=label, info=info, elem_id=name)
 
 
-def build_page(chat):
+def build_page(chat, temperature):
     """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
@@ -185,7 +198,7 @@ def build_page(chat):
                     slider("alpha", chosen["alpha_logits"], 0.01, "alpha",
                            "0: base model alone, 1: memory alone. Chosen in training: "
                            f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
-                    slider("temperature", 0.7, 0.01, "temperature", "0: always the most probable token"),
+                    slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
@@ -235,8 +248,9 @@ def main():
     options = parse_options()
     try:
         check_address(options)
+        check_ranges(temperature=options.temperature)
         manifest = read_manifest(options.model_dir)
-        page = build_page(Chat.open(options, manifest)) if manifest else untrained_page(options)
+        page = build_page(Chat.open(options, manifest), options.temperature) if manifest else untrained_page(options)
         if not manifest:
             print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         page.queue(max_size=16)

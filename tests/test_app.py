@@ -406,7 +406,7 @@ def test_the_right_base_model_at_another_place_is_accepted(trained, tiny_gemma, 
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--base_model", "no/such/folder"), ("--device", "abacus"),
-                                             ("--server_port", "99999")])
+                                             ("--server_port", "99999"), ("--temperature", "3.0")])
 def test_a_setting_that_cannot_work_ends_with_one_line(trained, monkeypatch, capsys, flag, value):
     code, lines = main_in_process(monkeypatch, capsys, "--model_dir", trained, flag, value)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and value in lines[0]
