@@ -148,7 +148,7 @@ def whole_seed(seed):
     """The seed as an int, or None for a new draw; raises UserError for anything else."""
     if seed is None:
         return None
-    if not isinstance(seed, int | float) or not 0 <= seed < SEEDS:
+    if not isinstance(seed, int | float) or not 0 <= seed < SEEDS or seed != int(seed):
         raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {seed}.")
     return int(seed)
 
@@ -204,7 +204,7 @@ def build_page(chat, temperature):
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
                     gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
                     gr.Number(None, label="seed", precision=0, elem_id="seed", placeholder="empty: a new draw every time",
-                              info="with a number here, ask again at another alpha: what changes is the memory's doing"),
+                              info="with a number here, move alpha and retry the answer to see what the memory does"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 
 from datastore import UserError, shared_prefix
@@ -91,15 +92,16 @@ class MemoryDecoder(nn.Module):
                       "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
-        self.state_dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, vocab_size)
 
     def features(self, hidden, cache=None):
         """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
+        if self.training and self.sizes["context"] > 1:  # whole states go, so that a part of a question is cue enough
+            hidden = hidden * (torch.rand_like(hidden[..., :1]) >= self.dropout)
         x = self.input_norm(self.input_projection(hidden))
-        x = x * self.state_dropout(torch.ones_like(x[..., :1]))  # whole states, so that a part of a question is cue enough
         for block in self.blocks:
             x = block(x, cache)
         return self.output_norm(x)
@@ -174,10 +176,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
         total = kl_weight * weights.sum(1) + (1 - kl_weight)  # what multiplies q in the gradient; 1 but for lost neighbours
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)]
         cross, ce = weights.new_zeros(()), weights.new_zeros(())
+        head = weight.to(features.dtype)
         for i in range(0, len(targets), rows):
             block = slice(i, i + rows)
             f, p, t, y = features[block], weights[block], tokens[block], targets[block, None]
-            z = F.linear(f, weight, bias).float()
+            z = F.linear(f, head, bias.to(f.dtype)).float()
             z.sub_(z.amax(1, keepdim=True))
             z_t, z_y = z.gather(1, t), z.gather(1, y)
             mass = z.exp_().sum(1, keepdim=True)
@@ -186,7 +189,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
             ce += (lse - z_y).sum()
             g = z.mul_(total[block, None] / mass)
             g.scatter_add_(1, t, -kl_weight * p).scatter_add_(1, y, torch.full_like(lse, kl_weight - 1))
-            grads[0][block] = g.to(f.dtype) @ weight.to(f.dtype)
+            grads[0][block] = g.to(f.dtype) @ head
             grads[1] += g.to(f.dtype).T @ f
             grads[2] += g.sum(0)
         ctx.save_for_backward(*grads)
@@ -194,6 +197,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         return kl_weight * cross + (1 - kl_weight) * ce, cross, ce
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
 

@@ -52,7 +52,7 @@ from datastore import (
     write_atomically,
     write_keys,
 )
-from memory_decoder import LOGITS_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
+from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
@@ -87,7 +87,7 @@ class Options:
     context: int = option(128, "query states that attention reaches back; 1 reads each alone")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
-    dropout: float = option(0.1, "share of each layer's output dropped in training")
+    dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
     batch_size: int = option(16, "windows a step")
@@ -248,7 +248,8 @@ def plan(options, base, windows, entries, stages, is_main=True):
     disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
     disk = max(0, disk - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
-    memory = index + 16 * weights + 3 * 4 * LOGITS_AT_ONCE
+    scores = min(SCORES_AT_ONCE, options.batch_size * 32 * options.max_length**2)  # of one layer; six are kept
+    memory = index + 20 * weights + 3 * 4 * LOGITS_AT_ONCE + 9 * 4 * scores
     seconds = estimate_seconds(options, base, windows, entries, weights)
     print(f"plan: {entries:,} entries of width {base.width}; index {factory}; disk {disk / 2**30:.2f} GiB of "
           f"{free_disk / 2**30:.1f} free; memory {memory / 2**30:.2f} GiB beside the model of {free_memory / 2**30:.1f} free; "
@@ -365,7 +366,8 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
             epoch, number = divmod(step, per_epoch)
             if number == 0 or step == bar.initial:
                 order = epoch_batches(lengths, options.batch_size, options.seed, epoch)
-            torch.manual_seed((options.seed + step) % 2**63)  # dropout's draws, the same after a restart
+            drawn = step * world + accelerator.process_index
+            torch.manual_seed((options.seed + drawn) % 2**63)  # dropout, the same after a restart
             numbers = order[(number * world + accelerator.process_index) % len(order)]
             loss, kl, ce = model(*batches(numbers, accelerator.device))
             accelerator.backward(loss)

@@ -41,7 +41,10 @@ def cell(answer):
 
 def main():
     options = app.parse_options(["--demo", *sys.argv[1:]])
-    chat = app.Chat.open(options, read_manifest(options.model_dir))
+    manifest = read_manifest(options.model_dir)
+    if manifest is None:
+        sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
+    chat = app.Chat.open(options, manifest)
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {SETTINGS['rule']}.\n")
     alphas = (0, chat.chosen["alpha_logits"], 1)
     asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]

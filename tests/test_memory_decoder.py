@@ -3,6 +3,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROWS
 
 import memory_decoder
 from datastore import UserError
@@ -58,6 +59,26 @@ def test_the_sparse_loss_and_its_gradients_equal_the_dense_ones_in_one_block_or_
     torch.testing.assert_close(torch.autograd.grad(loss, [case[0], *case[1].parameters()]), wanted)
 
 
+def test_gradients_are_right_where_neighbours_were_lost():
+    case = sparse_case()
+    case[3][3], case[3][5] = 0, case[3][5] * 0.4
+    variables = [case[0], *case[1].parameters()]
+    wanted = torch.autograd.grad(dense_loss(*case, 0.5)[0], variables)
+    torch.testing.assert_close(torch.autograd.grad(memory_loss(*case, 0.5)[0], variables), wanted)
+
+
+@pytest.mark.parametrize("block", [2**26, 40 * 5])
+def test_the_loss_in_bfloat16_is_near_the_one_in_float32(monkeypatch, block):
+    monkeypatch.setattr(memory_decoder, "LOGITS_AT_ONCE", block)
+    case = sparse_case()
+    given = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = memory_loss(*case)[0]
+        given.append((loss, *torch.autograd.grad(loss, [case[0], *case[1].parameters()])))
+    torch.testing.assert_close(*given, rtol=0.05, atol=0.01)
+
+
 def test_a_position_without_neighbours_adds_no_kl():
     features, projection, tokens, weights, targets = sparse_case()
     weights[3] = 0
@@ -79,7 +100,9 @@ def test_merging_votes_keeps_the_distribution_and_every_token_once():
 
 @pytest.mark.parametrize("context", [1, 3, 100])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_cached_decoding_equals_reading_the_whole_sequence(context, norm_first):
+@pytest.mark.parametrize("most", [0, 2**25], ids=["fused", "written out"])
+def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context, norm_first, most):
+    monkeypatch.setattr(memory_decoder, "SCORES_AT_ONCE", most)
     decoder, hidden = make_decoder(context=context, norm_first=norm_first), torch.randn(1, 20, 32)
     cache = DecoderCache()
     pieces = [decoder(hidden[:, :7], cache), *(decoder(hidden[:, i:i + 1], cache) for i in range(7, 20))]
@@ -94,6 +117,16 @@ def test_attention_written_out_equals_the_fused_one(monkeypatch, context):
         logits = decoder(hidden)
         given.append((logits, *torch.autograd.grad(logits.square().mean(), list(decoder.parameters()), allow_unused=True)))
     torch.testing.assert_close(*given)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_decoder_that_starts_from_the_head_can_learn_though_states_are_dropped(base, norm_first):
+    decoder = make_decoder(hidden=base.width, vocab=base.vocabulary, norm_first=norm_first, dropout=0.5)
+    hidden = base.hidden(torch.tensor([base.encode(ROWS[0]["Answer"])[:40]]))
+    decoder.start_from_head(base.head.weight, hidden[0])
+    torch.logsumexp(decoder.train()(hidden), -1).mean().backward()
+    norms = [p.grad.norm() for p in decoder.parameters() if p.grad is not None]
+    assert 0 < max(norms) < 1e3
 
 
 def test_dropout_acts_in_training_and_not_after_loading(tmp_path):
