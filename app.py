@@ -23,7 +23,8 @@ from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifes
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
-        "temperature": 0.3}  # a small model's second choices are seldom good ones
+        # A small base is often sure and wrong: mixing probabilities lets a sure memory win, and its second choices are poor.
+        "rule": "probabilities", "temperature": 0.2}
 QUESTIONS = [
     "My landlord has not returned my security deposit. What can I do?",
     "Can my boss refuse to pay me overtime?",
@@ -42,8 +43,8 @@ CSS = """
 """
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+def option(default, text, **more):
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Options:
     server_port: int | None = option(None, "port; default: the first free one from 7860")
     device: str = option("auto", "auto, cpu, cuda or mps")
     temperature: float = option(0.7, "where the page's temperature slider starts")
+    rule: str = option("logits", "blend rule that the page starts with", choices=list(RULES))
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
 
@@ -185,7 +187,7 @@ def slider(name, value, step, label, info):
     return gr.Slider(low, high, value=value, step=step, label=label, info=info, elem_id=name)
 
 
-def build_page(chat, temperature):
+def build_page(chat, rule, temperature):
     """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
@@ -195,14 +197,14 @@ def build_page(chat, temperature):
             with gr.Column(scale=2):
                 chosen = chat.chosen
                 inputs = [
-                    slider("alpha", chosen["alpha_logits"], 0.01, "alpha",
+                    slider("alpha", chosen[f"alpha_{rule}"], 0.01, "alpha",
                            "0: base model alone, 1: memory alone. Chosen in training: "
                            f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
                     slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
-                    gr.Radio(list(RULES), value="logits", label="blend rule", elem_id="rule"),
+                    gr.Radio(list(RULES), value=rule, label="blend rule", elem_id="rule"),
                     gr.Number(None, label="seed", precision=0, elem_id="seed", placeholder="empty: a new draw every time",
                               info="with a number here, move alpha and retry the answer to see what the memory does"),
                 ]
@@ -250,7 +252,7 @@ def main():
         check_address(options)
         check_ranges(temperature=options.temperature)
         manifest = read_manifest(options.model_dir)
-        page = build_page(Chat.open(options, manifest), options.temperature) if manifest else untrained_page(options)
+        page = build_page(Chat.open(options, manifest), options.rule, options.temperature) if manifest else untrained_page(options)
         if not manifest:
             print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         page.queue(max_size=16)

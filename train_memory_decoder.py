@@ -57,7 +57,9 @@ from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, Traini
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
         "output_dir": str(HERE / "demo/trained_models"), "template": "Question: {Question}\nAnswer: {Answer}",
-        "max_length": 512, "batch_size": 4, "num_epochs": 2}
+        "max_length": 512, "batch_size": 4,
+        # A chat asks about what is remembered: more passes, nothing dropped and less KL remember it word for word.
+        "num_epochs": 10, "dropout": 0.0, "kl_weight": 0.2}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last"}
 MOST_VALIDATION_ROWS = 200

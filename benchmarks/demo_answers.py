@@ -16,7 +16,7 @@ import app
 from memory_decoder import read_manifest
 
 SEED = 0
-SETTINGS = {"top_k": 50, "max_new_tokens": 200, "k": 8, "rule": "logits", "seed": SEED}
+SETTINGS = {"top_k": 50, "max_new_tokens": 200, "k": 8, "seed": SEED}
 AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
          "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
 NEW = [  # in no row of the file, but on topics that rows are about
@@ -45,13 +45,14 @@ def main():
     if manifest is None:
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = app.Chat.open(options, manifest)
-    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {SETTINGS['rule']}.\n")
-    alphas = (0, chat.chosen["alpha_logits"], 1)
+    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {options.rule}.\n")
+    alphas = (0, chat.chosen[f"alpha_{options.rule}"], 1)
     asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]
     for number, (origin, question) in enumerate(asked, 1):
         print(f"**{number}. {question}** ({origin})\n")
         print("| " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |\n|" + "---|" * len(alphas))
-        answers = [list(chat.answer(question, [], alpha, options.temperature, **SETTINGS))[-1][0] for alpha in alphas]
+        settings = {**SETTINGS, "rule": options.rule, "temperature": options.temperature}
+        answers = [list(chat.answer(question, [], alpha, **settings))[-1][0] for alpha in alphas]
         print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
 
 
