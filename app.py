@@ -25,11 +25,11 @@ HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
         # A small base is often sure and wrong: mixing probabilities lets a sure memory win, and its second choices are poor.
         "rule": "probabilities", "temperature": 0.2}
-QUESTIONS = [
-    "My landlord has not returned my security deposit. What can I do?",
-    "Can my boss refuse to pay me overtime?",
-    "A debt collector keeps calling me at work. Can I make it stop?",
-    "Do I need a lawyer to write a will?",
+QUESTIONS = [  # of rows that --demo remembers
+    "I want a divorce but my husband says he will never sign anything. Can he stop me?",
+    "Arrested and questioned, never read my rights. Is my case dismissed?",
+    "Is there an income cutoff for filing Chapter 7?",
+    "Are movie clips under ten seconds always legal in my review videos?",
 ]
 # Name, lowest, highest: also enforced for values that arrive through the API.
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}

@@ -35,6 +35,15 @@ def stored_questions(store):
         yield area, min(questions, key=len)
 
 
+def recalled(chat, settings, alpha, most=40):
+    """(how many, of how many) remembered questions get an answer that begins with the twelve words stored with them."""
+    texts = chat.store.texts[::len(chat.store.texts) // most][:most]
+    pairs = [text.removeprefix(chat.template.header).split("\nAnswer:") for text in texts]
+    answers = [list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 50}))[-1][0] for question, _ in pairs]
+    same = [stored.split()[:12] == answer.split()[:12] for (_, stored), answer in zip(pairs, answers, strict=True)]
+    return sum(same), len(same)
+
+
 def cell(answer):
     return " ".join(answer.split()).replace("|", "\\|")
 
@@ -46,14 +55,15 @@ def main():
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = app.Chat.open(options, manifest)
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {options.rule}.\n")
+    settings = {**SETTINGS, "rule": options.rule, "temperature": options.temperature}
     alphas = (0, chat.chosen[f"alpha_{options.rule}"], 1)
     asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]
     for number, (origin, question) in enumerate(asked, 1):
         print(f"**{number}. {question}** ({origin})\n")
         print("| " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |\n|" + "---|" * len(alphas))
-        settings = {**SETTINGS, "rule": options.rule, "temperature": options.temperature}
         answers = [list(chat.answer(question, [], alpha, **settings))[-1][0] for alpha in alphas]
         print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
+    print("Recalled at alpha {:g}: {} of {} questions from the file.".format(alphas[1], *recalled(chat, settings, alphas[1])))
 
 
 if __name__ == "__main__":

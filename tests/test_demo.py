@@ -12,8 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, ROWS
 
+import app
 import build_base_model
+import train_memory_decoder
 from build_base_model import Sequences
+from datastore import Template
 
 TEXTS = ["", " ", "  two  spaces ", "\n\n\ttab\tand\r\nline \n",
          "naïve façade – 東京 Ωμέγα", "😀👩‍👩‍👧 e\u0301", "a\x00b\x7f\u00a0\u200b",
@@ -40,6 +43,12 @@ def test_questions_and_answers_have_the_agreed_lengths():
     for row in ROWS:
         assert 5 <= len(row["Question"].split()) <= 100, row["Question"]
         assert 60 <= len(row["Answer"].split()) <= 160, row["Answer"]
+
+
+def test_the_pages_examples_are_rows_that_the_demo_remembers():
+    options = train_memory_decoder.parse_options(["--demo"])
+    rows, _ = train_memory_decoder.split_rows(options, Template(options.template))
+    assert set(app.QUESTIONS) <= {row["Question"] for row in rows}
 
 
 def plain(text):
