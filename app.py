@@ -24,7 +24,8 @@ from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifes
 HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
         # A small base is often sure and wrong: mixing probabilities lets a sure memory win, and its second choices are poor.
-        "rule": "probabilities", "temperature": 0.2}
+        # Its memory learned single questions, so an earlier answer before the next one only leads it astray.
+        "rule": "probabilities", "temperature": 0.2, "max_turns": 0}
 QUESTIONS = [  # of rows that --demo remembers
     "I want a divorce but my husband says he will never sign anything. Can he stop me?",
     "Arrested and questioned, never read my rights. Is my case dismissed?",
@@ -55,6 +56,7 @@ class Options:
     server_port: int | None = option(None, "port; default: the first free one from 7860")
     device: str = option("auto", "auto, cpu, cuda or mps")
     temperature: float = option(0.7, "where the page's temperature slider starts")
+    max_turns: int = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(RULES))
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
@@ -66,8 +68,8 @@ def parse_options(arguments=None):
 class Chat:
     """What the page asks: answers in a stream, and the passages that an answer's memories come from."""
 
-    def __init__(self, model, store, template, chosen):
-        self.model, self.store, self.template, self.chosen = model, store, template, chosen
+    def __init__(self, model, store, template, chosen, max_turns):
+        self.model, self.store, self.template, self.chosen, self.max_turns = model, store, template, chosen, max_turns
 
     @classmethod
     def open(cls, options, manifest):
@@ -79,7 +81,7 @@ class Chat:
         template = Template(manifest["template"])
         decoder = MemoryDecoder.load(Path(options.model_dir) / "memory_decoder.pt")
         model = MemoryAugmentedLM(base, decoder, header=template.header)
-        return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"])
+        return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"], options.max_turns)
 
     def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None):
         """Yield (answer so far, tokens with how much the memory raised or lowered each, passages as HTML).
@@ -89,7 +91,8 @@ class Chat:
         try:
             check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k)
             seed = whole_seed(seed)
-            prompt = self.prompt(message.strip(), turns_of(history), int(max_new_tokens))
+            turns = turns_of(history)
+            prompt = self.prompt(message.strip(), turns[max(0, len(turns) - self.max_turns):], int(max_new_tokens))
             answer, tokens, states = "", [], []
             for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
                                           seed):
@@ -251,6 +254,8 @@ def main():
     try:
         check_address(options)
         check_ranges(temperature=options.temperature)
+        if options.max_turns < 0:
+            raise UserError(f"--max_turns must be at least 0, not {options.max_turns}.")
         manifest = read_manifest(options.model_dir)
         page = build_page(Chat.open(options, manifest), options.rule, options.temperature) if manifest else untrained_page(options)
         if not manifest:

@@ -405,8 +405,19 @@ def test_the_right_base_model_at_another_place_is_accepted(trained, tiny_gemma, 
     assert app.Chat.open(options, read_manifest(trained)).model.base.name == str(moved)
 
 
+@pytest.mark.parametrize("max_turns", [0, 1])
+def test_an_answer_reads_no_more_turns_than_allowed(chat, monkeypatch, max_turns):
+    monkeypatch.setattr(chat, "max_turns", max_turns)
+    history = [said("user", "one"), said("assistant", "two"), said("user", "three"), said("assistant", "four")]
+    assert answers(chat, history=history)[-1][0] == answers(chat, history=history[len(history) - 2 * max_turns:])[-1][0]
+    prompts = []
+    monkeypatch.setattr(chat, "prompt", lambda message, turns, room: prompts.append(turns) or chat.template.prompt(message, turns))
+    answers(chat, history=history)
+    assert prompts == [[("one", "two"), ("three", "four")][2 - max_turns:]]
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--base_model", "no/such/folder"), ("--device", "abacus"),
-                                             ("--server_port", "99999"), ("--temperature", "3.0")])
+                                             ("--server_port", "99999"), ("--temperature", "3.0"), ("--max_turns", "-1")])
 def test_a_setting_that_cannot_work_ends_with_one_line(trained, monkeypatch, capsys, flag, value):
     code, lines = main_in_process(monkeypatch, capsys, "--model_dir", trained, flag, value)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and value in lines[0]
