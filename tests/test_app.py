@@ -314,7 +314,7 @@ def test_a_named_folder_goes_before_the_default_of_demo():
 def test_the_api_has_one_parameter_for_the_message_and_each_control(client):
     (endpoint,) = client.view_api(return_format="dict", print_info=False)["named_endpoints"].items()
     assert endpoint[0] == "/chat"
-    assert [parameter["parameter_name"] for parameter in endpoint[1]["parameters"]] == ["message", *GOOD]
+    assert [parameter["parameter_name"] for parameter in endpoint[1]["parameters"]] == ["message", *GOOD, "seed"]
 
 
 def test_an_answer_through_the_api_comes_with_tokens_and_passages(client, chat):
