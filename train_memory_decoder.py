@@ -61,7 +61,7 @@ DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo
         # A chat asks about what is remembered: more passes, nothing dropped and less KL remember it word for word.
         "num_epochs": 10, "dropout": 0.0, "kl_weight": 0.2}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
-            "positions": "last"}
+            "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 MOST_VALIDATION_ROWS = 200
 CHECKPOINT_SECONDS = 120
 
@@ -100,7 +100,7 @@ class Options:
     seed: int = option(0, "seed of weights, order and the held-out share")
     demo: bool = option(False, "train on the embedded model and data: no network, no account")
     original: bool = option(False, "the original demo's recipe as defaults: lr 1e-4, context 1, post-norm, random head, "
-                                   "equal votes, one entry a row")
+                                   "equal votes, one entry a row; goes before --demo's")
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
@@ -124,7 +124,7 @@ class Options:
 
 
 def parse_options(arguments=None):
-    return parse_dataclass(Options, __doc__.split("\n")[0], arguments, {"original": ORIGINAL, "demo": DEMO})
+    return parse_dataclass(Options, __doc__.split("\n")[0], arguments, {"demo": DEMO, "original": ORIGINAL})
 
 
 def read_rows(source, template):

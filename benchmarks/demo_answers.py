@@ -25,6 +25,21 @@ NEW = [  # in no row of the file, but on topics that rows are about
     "Who gets my house if I die without a will and have no children?",
 ]
 
+REWORDED = [  # what rows of the file ask or answer, in other words
+    "I just got PCS orders. Can I get out of my apartment lease?",
+    "Is there an income limit for filing Chapter 7 bankruptcy?",
+    "I want a divorce but my wife will not sign the papers. Can she stop me?",
+    "I was arrested and they never read me my rights. Will my case be dismissed?",
+    "Are short movie clips always legal in my videos?",
+    "Will a small claims judge look at my text messages?",
+    "I was fired after six years with no reason. Don't they have to give me a reason?",
+    "Can my landlord keep my security deposit for normal wear and tear?",
+    "Do I have to serve as executor if a friend named me in his will?",
+    "What happens if I miss my court date for a traffic ticket?",
+    "Can the police search my car without a warrant?",
+    "I ordered a chair online two months ago and it never shipped. What are my rights?",
+]
+
 
 def stored_questions(store):
     """The shortest question of a remembered text in each of the areas, as (area, question)."""
@@ -63,7 +78,11 @@ def main():
         print("| " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |\n|" + "---|" * len(alphas))
         answers = [list(chat.answer(question, [], alpha, **settings))[-1][0] for alpha in alphas]
         print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
-    print("Recalled at alpha {:g}: {} of {} questions from the file.".format(alphas[1], *recalled(chat, settings, alphas[1])))
+    print(f"In other words, at alpha {alphas[1]:g}:\n")
+    for question in REWORDED:
+        answer = list(chat.answer(question, [], alphas[1], **{**settings, "max_new_tokens": 60}))[-1][0]
+        print(f"- **{question}** {cell(answer)}")
+    print("\nRecalled at alpha {:g}: {} of {} questions from the file.".format(alphas[1], *recalled(chat, settings, alphas[1])))
 
 
 if __name__ == "__main__":

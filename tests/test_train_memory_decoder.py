@@ -460,11 +460,14 @@ def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     assert MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["norm_first"] is False
 
 
-def test_original_sets_the_original_demos_defaults():
-    options = parse_options(["--original"])
+@pytest.mark.parametrize("flags", [["--original"], ["--original", "--demo"]])
+def test_original_sets_the_original_demos_defaults(flags):
+    options = parse_options(flags)
+    assert (options.num_epochs, options.dropout, options.kl_weight) == (3, 0.1, 0.5)
     assert (options.decoder_lr, options.context, options.norm) == (1e-4, 1, "post")
     assert (options.head_init, options.knn_temperature, options.positions) == ("random", math.inf, "last")
-    assert options.k == Options.k and options.base_model == Options.base_model
+    assert options.k == Options.k
+    assert (options.base_model == Options.base_model) == ("--demo" not in flags)
 
 
 def test_demo_sets_the_embedded_model_and_data():
