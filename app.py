@@ -150,12 +150,13 @@ def check_ranges(**values):
 
 
 def whole_seed(seed):
-    """The seed as an int, or None for a new draw; raises UserError for anything else."""
-    if seed is None:
+    """The seed as an int, from a number or its digits, or None for a new draw if it is empty; else raises UserError."""
+    text = "" if seed is None else str(seed).strip()
+    if not text:
         return None
-    if not isinstance(seed, int | float) or not 0 <= seed < SEEDS or seed != int(seed):
-        raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {seed}.")
-    return int(seed)
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(SEEDS)) and int(text) < SEEDS):
+        raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {text[:40]}.")
+    return int(text)
 
 
 def turns_of(history):
@@ -208,8 +209,9 @@ def build_page(chat, rule, temperature):
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
                     gr.Radio(list(RULES), value=rule, label="blend rule", elem_id="rule"),
-                    gr.Number(None, label="seed", precision=0, elem_id="seed", placeholder="empty: a new draw every time",
-                              info="with a number here, move alpha and retry the answer to see what the memory does"),
+                    # Text, since an empty gr.Number arrives as 0.
+                    gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
+                               info="with a number here, move alpha and retry the answer to see what the memory does"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")

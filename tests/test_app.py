@@ -350,7 +350,7 @@ def test_a_seed_repeats_an_answer_and_no_seed_draws_anew(client):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"seed": -1}, "seed"), ({"seed": 2**31}, "seed"),
+    ({"seed": -1}, "seed"), ({"seed": 2**31}, "seed"), ({"seed": "1.5"}, "seed"), ({"seed": "9" * 5000}, "seed"),
     ({"alpha": 1.01}, "1"), ({"alpha": -0.5}, "0"), ({"temperature": 3}, "2"), ({"max_new_tokens": 100_000}, "1000"),
     ({"k": 0}, "1"), ({"top_k": 0}, "1"), ({"rule": "mean"}, "probabilities"),
     ({"message": ""}, "Type a question first."), ({"message": " \n"}, "Type a question first."),

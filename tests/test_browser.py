@@ -104,6 +104,16 @@ def test_moving_alpha_to_the_other_end_changes_the_answer(visit):
     assert answers[0] and answers[0] == answers[1] and answers[2] and answers[2] != answers[0]
 
 
+def test_the_seed_is_empty_at_first_and_a_number_there_repeats_the_answer(visit):
+    draws = {}
+    for seed in ("", "", "7", "7"):
+        page = visit()
+        assert page.locator("#seed textarea, #seed input").input_value() == ""
+        page.locator("#seed textarea, #seed input").fill(seed)
+        draws.setdefault(seed, []).append(ask(page, temperature=2, top_k=200)[0][-1])
+    assert draws[""][0] != draws[""][1] and draws["7"][0] == draws["7"][1]
+
+
 def test_an_example_question_is_asked_by_a_click(visit):
     page = visit()
     number(page, "max_new_tokens").fill("5")
