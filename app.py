@@ -19,7 +19,7 @@ import gradio as gr
 import torch
 
 from datastore import BaseLM, Datastore, Template, UserError, parse_dataclass
-from memory_decoder import RULES, MemoryAugmentedLM, MemoryDecoder, read_manifest
+from memory_decoder import AUTO, RULES, Gate, MemoryAugmentedLM, MemoryDecoder, read_manifest
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
@@ -57,7 +57,7 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda or mps")
     temperature: float = option(0.7, "where the page's temperature slider starts")
     max_turns: int = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
-    rule: str = option("logits", "blend rule that the page starts with", choices=list(RULES))
+    rule: str = option("logits", "blend rule that the page starts with", choices=[*RULES, AUTO])
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
 
@@ -80,11 +80,17 @@ class Chat:
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
         template = Template(manifest["template"])
         decoder = MemoryDecoder.load(Path(options.model_dir) / "memory_decoder.pt")
-        model = MemoryAugmentedLM(base, decoder, header=template.header)
-        return cls(model, Datastore.open(options.model_dir), template, manifest["chosen"], options.max_turns)
+        chosen = manifest["chosen"]
+        gate = Gate(**chosen["gate"]) if "gate" in chosen else None  # a memory from before there were gates
+        model = MemoryAugmentedLM(base, decoder, template.header, gate)
+        return cls(model, Datastore.open(options.model_dir), template, chosen, options.max_turns)
+
+    @property
+    def rules(self):
+        return [*RULES, AUTO] if self.model.gate else list(RULES)
 
     def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None):
-        """Yield (answer so far, tokens with how much the memory raised or lowered each, passages as HTML).
+        """Yield (answer so far, tokens with the change that the memory made to each, tokens with alpha, passages as HTML).
 
         seed: the same whole number and settings give the same answer; None draws anew.
         """
@@ -93,17 +99,18 @@ class Chat:
             seed = whole_seed(seed)
             turns = turns_of(history)
             prompt = self.prompt(message.strip(), turns[max(0, len(turns) - self.max_turns):], int(max_new_tokens))
-            answer, tokens, states = "", [], []
+            answer, tokens, alphas, states = "", [], [], []
             for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
                                           seed):
                 answer += step.text
                 tokens.append((step.text, step.memory - step.base))
+                alphas.append((step.text, step.alpha))
                 states = [*states, step.hidden][-int(k):]
-                yield answer, merge_tokens(tokens), gr.skip()
+                yield answer, merge_tokens(tokens), merge_tokens(alphas, max), gr.skip()
         except UserError as error:
             raise gr.Error(str(error), title="Please change one thing", print_exception=False) from None
-        yield answer or NO_ANSWER, merge_tokens(tokens), \
-            self.passages(torch.stack(states), int(k))
+        passages = self.passages(torch.stack(states), int(k))
+        yield answer or NO_ANSWER, merge_tokens(tokens), merge_tokens(alphas, max), passages
 
     def prompt(self, message, turns, max_new_tokens):
         """The text to continue: as many earlier turns as the base model's positions allow, then the message."""
@@ -137,8 +144,8 @@ def check_request(message, rule, **values):
     """Raise UserError for a message or a value that no slider would give."""
     if not isinstance(message, str) or not message.strip():
         raise UserError("Type a question first.")
-    if rule not in RULES:
-        raise UserError(f"The blend rule is {' or '.join(RULES)}, not {rule}.")
+    if rule not in (*RULES, AUTO):
+        raise UserError(f"The blend rule is {', '.join(RULES)} or {AUTO}, not {rule}.")
     check_ranges(**values)
 
 
@@ -175,14 +182,14 @@ def turns_of(history):
     return turns
 
 
-def merge_tokens(tokens):
-    """Tokens for the page, joined where the first of them shows no text yet."""
-    shown, pending = [], 0.0
-    for text, change in tokens:
-        pending += change
+def merge_tokens(tokens, join=sum):
+    """Tokens for the page, joined where the first of them shows no text yet; `join` makes one value of theirs."""
+    shown, pending = [], []
+    for text, value in tokens:
+        pending.append(value)
         if text:
-            shown.append((text, max(-1.0, min(1.0, pending))))
-            pending = 0.0
+            shown.append((text, max(-1.0, min(1.0, join(pending)))))
+            pending = []
     return shown
 
 
@@ -201,26 +208,30 @@ def build_page(chat, rule, temperature):
             with gr.Column(scale=2):
                 chosen = chat.chosen
                 inputs = [
-                    slider("alpha", chosen[f"alpha_{rule}"], 0.01, "alpha",
+                    slider("alpha", chosen[f"alpha_{RULES[1] if rule == AUTO else rule}"], 0.01, "alpha",
                            "0: base model alone, 1: memory alone. Chosen in training: "
                            f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
                     slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
-                    gr.Radio(list(RULES), value=rule, label="blend rule", elem_id="rule"),
+                    gr.Radio(chat.rules, value=rule, label="blend rule", elem_id="rule",
+                             info="auto: alpha is chosen for every token, probabilities are mixed, and the slider does nothing"),
                     # Text, since an empty gr.Number arrives as 0.
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
                                info="with a number here, move alpha and retry the answer to see what the memory does"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")
+                alphas = gr.HighlightedText(label="alpha of each token: the redder, the more the memory decided", color_map={},
+                                            show_legend=False, elem_id="alphas")
                 gr.Markdown("**Passages its memories come from** (nearest entries of the answer's last positions)")
                 passages = gr.HTML(elem_id="passages")
         with left:
             gr.ChatInterface(
                 chat.answer, chatbot=gr.Chatbot(height=560, label="chat", buttons=["copy", "copy_all"], elem_id="chat"),
-                additional_inputs=inputs, additional_outputs=[tokens, passages], editable=True, examples=[[q] for q in QUESTIONS],
+                additional_inputs=inputs, additional_outputs=[tokens, alphas, passages], editable=True,
+                examples=[[q] for q in QUESTIONS],
                 run_examples_on_click=True, cache_examples=False, concurrency_limit=1, api_name="chat")
     return page
 

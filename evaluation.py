@@ -1,5 +1,7 @@
 """The held-out report: what base, kNN-LM, memory and their blends predict on rows that no entry comes from.
 
+Also fits the Gate that chooses alpha by itself.
+
 Letters: P held-out positions, A alphas, S temperatures, V vocabulary, K neighbours.
 """
 
@@ -11,29 +13,46 @@ import matplotlib
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import DynamicCache
 
-from datastore import entries_of, hidden_batches, knn_weights
-from memory_decoder import LOGITS_AT_ONCE, blend
+from datastore import Window, entries_of, hidden_batches, knn_weights
+from memory_decoder import LOGITS_AT_ONCE, Evidence, Gate, blend, opinions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
+SAMPLES = 16  # texts that the base writes for the gate
+SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
 
 
 @torch.no_grad()
-def score_positions(base, decoder, store, windows, k, temperature, batch_size=16):
-    """Log probability of the next token at every held-out position, under everything that is compared.
+def sample_windows(base, length, seed=0):
+    """SAMPLES texts of `length` tokens that the base model writes by itself, as windows: text on which it is right."""
+    generator, cache = torch.Generator().manual_seed(seed), DynamicCache(config=base.model.config)
+    ids = new = torch.full((SAMPLES, 1), base.bos)
+    for _ in range(length):
+        chances = torch.softmax(base.logits(base.hidden(new, cache)[:, -1]), -1).cpu()
+        new = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, new], 1)
+    return [Window(number, row, 0, 0) for number, row in enumerate(ids.tolist())]
 
-    Returns a dict of float32 arrays: base (P,), memory (P,), blend_logits (P, A), knn (P, S), and example (P,).
+
+@torch.no_grad()
+def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None):
+    """Log probability of the next token at every position of the windows, under everything that is compared.
+
+    Returns a dict of float32 arrays: base (P,), memory (P,), blend_logits (P, A), opinions (P, 5), with a store knn (P, S);
+    and of int32: example (P,), position (P,).
     """
-    values, example, _, offsets = entries_of(windows)
+    values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
     rows = max(1, LOGITS_AT_ONCE // (4 * base.vocabulary))
-    parts = {"base": [], "memory": [], "blend_logits": [], "knn": []}
+    parts = {"base": [], "memory": [], "blend_logits": [], "opinions": []} | ({"knn": []} if store else {})
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
             counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
@@ -41,7 +60,8 @@ def score_positions(base, decoder, store, windows, k, temperature, batch_size=16
             features = decoder.features(sequences)
             features = torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
             targets = values[offsets[first]:offsets[first] + len(hidden)]
-            parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))
+            if store:
+                parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))
             y = torch.from_numpy(targets).long().to(base.device)[:, None]
             for i in range(0, len(hidden), rows):
                 z, m = base.logits(hidden[i:i + rows]), decoder.output_projection(features[i:i + rows])
@@ -49,8 +69,53 @@ def score_positions(base, decoder, store, windows, k, temperature, batch_size=16
                     parts[name].append(torch.log_softmax(logits, -1).gather(1, y[i:i + rows])[:, 0].cpu().numpy())
                 columns = [torch.log_softmax(blend(z, m, float(a)), -1).gather(1, y[i:i + rows]) for a in ALPHAS]
                 parts["blend_logits"].append(torch.cat(columns, 1).cpu().numpy())
+                parts["opinions"].append(opinions(z, m).cpu().numpy())
             bar.update(len(hidden))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
+
+
+def evidence_before(scores):
+    """The Evidence (P, 3) that every position of score_positions has from its own example's tokens before it."""
+    means, evidence, last = np.zeros((len(scores["base"]), 3)), Evidence(), None
+    gains = (scores["memory"] - scores["base"]).tolist()
+    for i in np.lexsort((scores["position"], scores["example"])):
+        if scores["example"][i] != last:
+            evidence, last = Evidence(), scores["example"][i]
+        means[i] = evidence.means
+        evidence.add(gains[i])
+    return means
+
+
+def fit_gate(parts):
+    """The Gate under which a mixture of probabilities gives all positions the most probability.
+
+    parts: (scores, evidence (P, 3), weight) of several sets of positions; each set counts by its weight, not its size.
+    """
+    features = np.concatenate([np.concatenate([scores["opinions"], evidence], 1) for scores, evidence, _ in parts])
+    base, memory = (np.concatenate([scores[name] for scores, _, _ in parts]) for name in ("base", "memory"))
+    weight = np.concatenate([np.full(len(evidence), share / len(evidence)) for _, evidence, share in parts])
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    x, b, m, w = map(torch.from_numpy, ((features - mean) / deviation, base.astype(float), memory.astype(float), weight))
+    theta = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        z = x @ theta[:-1] + theta[-1]
+        value = -(w * torch.logaddexp(b + F.logsigmoid(-z), m + F.logsigmoid(z))).sum() + 1e-4 * theta.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    theta = theta.detach().numpy()
+    weights = theta[:-1] / deviation
+    return Gate(weights, theta[-1] - weights @ mean)
+
+
+def gated(gate, scores, evidence):
+    """(log probabilities (P,) of the mixture under the gate's alphas, those alphas (P,))."""
+    alpha = gate.alpha(scores["opinions"], evidence)
+    return np.logaddexp(scores["base"] + np.log1p(-alpha), scores["memory"] + np.log(alpha)), alpha
 
 
 def knn_log_probabilities(store, hidden, targets, k, temperature):
@@ -76,16 +141,24 @@ def perplexities(log_probabilities):
     return np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64))
 
 
-def summarise(scores, temperature):
-    """Choose alpha, lambda and temperature on the even held-out examples and report all on the odd ones.
+def half(scores, rest):
+    """The positions of the even (rest 0) or odd (rest 1) examples."""
+    return {name: array[scores["example"] % 2 == rest] for name, array in scores.items()}
 
-    A chosen value is the best on the choosing half, whatever it does on the other.
+
+def summarise(scores, samples, temperature):
+    """Choose alpha, its gate, lambda and temperature on the even held-out examples and report all on the odd ones.
+
+    A chosen value is the best on the choosing half, whatever it does on the other. samples: scores of the base's own texts.
     """
     choose, report = scores["example"] % 2 == 0, scores["example"] % 2 == 1
     rules = {"logits": scores["blend_logits"], "probabilities": mix_probabilities(scores["base"], scores["memory"])}
     knn = np.stack([mix_probabilities(scores["base"], column) for column in scores["knn"].T], 1)  # (P, S, A)
     s, lam = np.unravel_index(np.argmin(perplexities(knn[choose])), knn.shape[1:])
     best = {rule: int(np.argmin(perplexities(table[choose]))) for rule, table in rules.items()}
+    evidence = evidence_before(scores)
+    gate = fit_gate([(half(scores, 0), evidence[choose], 1), (samples, evidence_before(samples), SAMPLES_WEIGHT)])
+    auto, alpha = gated(gate, half(scores, 1), evidence[report])
     return {
         "held_out": {
             "positions": int(report.sum()),
@@ -93,11 +166,14 @@ def summarise(scores, temperature):
             "knn_lm": perplexity(knn[report, s, lam]),
             "memory": perplexity(scores["memory"][report]),
             **{f"blend_{rule}": perplexity(table[report, best[rule]]) for rule, table in rules.items()},
+            "blend_auto": perplexity(auto),
+            "mean_auto_alpha": float(alpha.mean()),
         },
         "chosen": {
             **{f"alpha_{rule}": round(float(ALPHAS[best[rule]]), 4) for rule in rules},
             "knn_lambda": round(float(ALPHAS[lam]), 4),
             "knn_temperature": float(temperature * TEMPERATURES[s]),
+            "gate": {"weights": gate.weights.tolist(), "bias": gate.bias},
             "positions": int(choose.sum()),
         },
         "alpha_sweep": {"alpha": [round(float(a), 4) for a in ALPHAS],
@@ -113,7 +189,8 @@ def report_table(metrics):
              f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}"),
             ("memory alone", held["memory"], "alpha 1"),
             ("blend of logits", held["blend_logits"], f"alpha {chosen['alpha_logits']:g}"),
-            ("blend of probabilities", held["blend_probabilities"], f"alpha {chosen['alpha_probabilities']:g}")]
+            ("blend of probabilities", held["blend_probabilities"], f"alpha {chosen['alpha_probabilities']:g}"),
+            ("automatic alpha", held["blend_auto"], f"alpha {held['mean_auto_alpha']:.2f} on average")]
     lines = ["| held-out text | perplexity | of the base's | chosen on the other half |", "|---|---:|---:|---|"]
     lines += [f"| {name} | {value:.2f} | {value / held['base']:.2f} | {note} |" for name, value, note in rows]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +22,7 @@ from datastore import UserError, shared_prefix
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
 RULES = ("logits", "probabilities")
+AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
 
 
 class Block(nn.Module):
@@ -247,6 +249,44 @@ def blend(base_logits, memory_logits, alpha, rule="logits"):
                            torch.log_softmax(memory_logits, -1) + math.log(alpha))
 
 
+def opinions(base_logits, memory_logits):
+    """What a Gate sees of two predictions (..., V): (..., 5) entropies in nats, log top probabilities, KL(memory || base)."""
+    b, m = torch.log_softmax(base_logits, -1), torch.log_softmax(memory_logits, -1)
+    p = m.exp()
+    return torch.stack([-(b.exp() * b).sum(-1), -(p * m).sum(-1), b.amax(-1), m.amax(-1), (p * (m - b)).sum(-1)], -1)
+
+
+class Evidence:
+    """How much better the memory than the base has predicted the text so far, in nats a token, recent tokens counting most.
+
+    Three running means (3,) of log p_memory(token) - log p_base(token), of about 2, 10 and 50 tokens; 0 before the first.
+    """
+
+    DECAYS = np.array([0.6, 0.9, 0.98])
+    MOST = 5.0  # nats of one token that count
+
+    def __init__(self):
+        self.means = np.zeros(3)
+
+    def add(self, gain):
+        self.means = self.DECAYS * self.means + (1 - self.DECAYS) * min(max(gain, -self.MOST), self.MOST)
+
+
+class Gate:
+    """Automatic alpha: at each position a logistic function of eight features that cost nothing there.
+
+    The features are the two `opinions` on the next token and the Evidence of the tokens before it.
+    """
+
+    def __init__(self, weights, bias):
+        self.weights, self.bias = np.asarray(weights, np.float64), float(bias)
+
+    def alpha(self, opinions, evidence):
+        """The memory's share (...,) for opinions (..., 5) and evidence (..., 3)."""
+        z = np.concatenate([opinions, evidence], -1) @ self.weights + self.bias
+        return 1 / (1 + np.exp(-np.clip(z, -30, 30)))
+
+
 def sample(logits, temperature, top_k, generator=None):
     """One token id from logits (V,), drawn among the top_k after dividing by temperature; temperature 0 takes the best."""
     if temperature == 0:
@@ -265,56 +305,82 @@ class Step:
     base: float  # probability of the token under the base model,
     memory: float  # under the memory,
     blended: float  # and under their blend, before temperature and top-k
+    alpha: float  # the memory's share in that blend
     hidden: torch.Tensor  # the query state (H,) float32, on the CPU
 
 
 class MemoryAugmentedLM:
     """A frozen base model with a MemoryDecoder beside it."""
 
-    def __init__(self, base, decoder, header=""):
-        """header: what every prompt begins with; its states were no entries in training, so the memory skips them."""
+    def __init__(self, base, decoder, header="", gate=None):
+        """header: what every prompt begins with; its states were no entries in training, so the memory skips them.
+
+        gate: what chooses alpha under the rule auto, if there is one.
+        """
         if (decoder.sizes["hidden_size"], decoder.sizes["vocab_size"]) != (base.width, base.vocabulary):
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
         self.base, self.decoder = base, decoder.to(base.device).eval()
-        self.header = base.encode(header)
+        self.header, self.gate = base.encode(header), gate
 
     @torch.no_grad()
-    def steps(self, ids):
+    def steps(self, ids, evidence=None):
         """A generator of (hidden (H,), base logits (V,), memory logits (V,)); send() it each next token id.
 
-        One base forward and one decoder forward for each token, both with caches.
+        One base forward and one decoder forward for each token, both with caches. evidence: gathers what the tokens say.
         """
         cache, memory_cache = DynamicCache(config=self.base.model.config), DecoderCache()
         new, skip = torch.tensor([ids]), min(shared_prefix(ids, self.header), len(ids) - 1)
         while True:
             hidden = self.base.hidden(new, cache)
-            features = self.decoder.features(hidden[:, skip:].float(), memory_cache)[:, -1]
-            token = yield hidden[0, -1], self.base.logits(hidden[0, -1]), self.decoder.output_projection(features)[0]
+            hidden = hidden[0, skip:]
+            features = self.decoder.features(hidden[None].float(), memory_cache)[0]
+            if evidence is not None:
+                self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
+            logits = self.base.logits(hidden[-1]), self.decoder.output_projection(features[-1])
+            token = yield hidden[-1], *logits
+            if evidence is not None:
+                evidence.add(float(torch.log_softmax(logits[1], -1)[token] - torch.log_softmax(logits[0], -1)[token]))
             new, skip = torch.tensor([[token]]), 0
+
+    def weigh(self, hidden, features, tokens, evidence):
+        """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""
+        rows = max(1, LOGITS_AT_ONCE // self.base.vocabulary)
+        for i in range(0, len(tokens), rows):
+            block, y = slice(i, i + rows), tokens[i:i + rows, None].to(hidden.device)
+            pair = self.base.logits(hidden[block]), self.decoder.output_projection(features[block])
+            base, memory = (torch.log_softmax(z, -1).gather(1, y)[:, 0] for z in pair)
+            for gain in (memory - base).tolist():
+                evidence.add(gain)
 
     @torch.no_grad()
     def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", stops=(), seed=None):
         """Yield a Step for each token that continues `prompt`, to EOS, a text in `stops`, or max_new_tokens.
 
-        Raises UserError when prompt and answer exceed the base model's positions.
+        rule auto: the gate chooses each token's alpha in place of the one given, and probabilities are mixed.
+        Raises UserError when prompt and answer exceed the base model's positions, or when there is no gate for auto.
         """
         base, ids = self.base, self.base.encode(prompt)
         if len(ids) + max_new_tokens > base.max_positions:
             raise UserError(f"The prompt has {len(ids)} tokens and the answer up to {max_new_tokens}, but {base.name} "
                             f"reads at most {base.max_positions}; shorten the question or lower max new tokens.")
+        if rule == AUTO and self.gate is None:
+            raise UserError("This memory has no automatic alpha; train it again to get one.")
         assert ids[0] == base.bos
+        evidence = Evidence() if rule == AUTO else None
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(stops), self.steps(ids)
+        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(stops), self.steps(ids, evidence)
         hidden, base_logits, memory_logits = next(steps)
         for number in range(1, max_new_tokens + 1):
-            blended = blend(base_logits, memory_logits, alpha, rule)
+            if rule == AUTO:
+                alpha = float(self.gate.alpha(opinions(base_logits, memory_logits).cpu().numpy(), evidence.means))
+            blended = blend(base_logits, memory_logits, alpha, "probabilities" if rule == AUTO else rule)
             token = sample(blended, temperature, top_k, generator)
             ended = token == base.eos
             text = visible.add("" if ended else decoded.add(token))
             last = ended or visible.stopped or number == max_new_tokens
             chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory_logits, blended)]
-            yield Step(token, text + (visible.flush() if last else ""), *chances, hidden.float().cpu())
+            yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, hidden.float().cpu())
             if last:
                 return
             hidden, base_logits, memory_logits = steps.send(token)

@@ -425,10 +425,12 @@ def make_report(options, base, store, held_windows, stages, factory):
         trained_with = temperature = training_temperature(options, stages.neighbours)
         if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
             temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
-        scores = evaluation.score_positions(base, decoder, store, held_windows, options.k, temperature, options.batch_size)
+        scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
+        samples = evaluation.sample_windows(base, min(256, options.max_length), options.seed)
+        samples = evaluation.score_positions(base, decoder, samples, options.batch_size)
         seconds = {stage.name: stage.facts["seconds"] for stage in list(stages)[:-1]}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
-        metrics = evaluation.summarise(scores, temperature) | {
+        metrics = evaluation.summarise(scores, samples, temperature) | {
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
             "peak_memory_bytes": evaluation.peak_memory()}

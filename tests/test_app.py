@@ -158,7 +158,7 @@ def test_a_message_without_text_is_refused_in_one_sentence(message):
 
 @pytest.mark.parametrize("rule", ["", "Logits", None, 1, ["logits"]])
 def test_an_unknown_rule_is_refused_with_the_names_of_those_known(rule):
-    with pytest.raises(UserError, match=r"^[^\n]*logits or probabilities[^\n]*\.$"):
+    with pytest.raises(UserError, match=r"^[^\n]*logits, probabilities or auto[^\n]*\.$"):
         app.check_request("?", rule, alpha=0.5)
 
 
@@ -182,12 +182,12 @@ def test_merged_tokens_keep_all_text_and_the_changes_that_fit():
 
 def test_an_answer_streams_growing_prefixes_and_passages_come_last(chat):
     steps = answers(chat)
-    texts = [text for text, _, _ in steps]
+    texts = [text for text, *_ in steps]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert len(set(texts)) > 5 and texts[-1]
-    assert all("".join(token for token, _ in tokens) == text for text, tokens, _ in steps)
-    assert all(shown == gr.skip() for _, _, shown in steps[:-1])
-    assert 1 <= len(PASSAGE.findall(steps[-1][2])) <= GOOD["k"]
+    assert all("".join(token for token, _ in tokens) == text for text, tokens, *_ in steps)
+    assert all(shown == gr.skip() for *_, shown in steps[:-1])
+    assert 1 <= len(PASSAGE.findall(steps[-1][3])) <= GOOD["k"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -209,7 +209,7 @@ def test_a_bad_request_raises_an_error_that_the_page_shows(chat):
 def test_passages_stand_in_the_training_rows(chat, rows_file):
     template = Template(chat.template.pattern)
     texts = [template.render(json.loads(line)) for line in rows_file.read_text().splitlines()]
-    found = PASSAGE.findall(answers(chat, max_new_tokens=40, k=32)[-1][2])
+    found = PASSAGE.findall(answers(chat, max_new_tokens=40, k=32)[-1][3])
     assert len(found) > 8
     for before, token, after, title, _ in found:
         passage = html.unescape(before + token.replace("(end)", "") + after)
@@ -318,8 +318,9 @@ def test_the_api_has_one_parameter_for_the_message_and_each_control(client):
 
 
 def test_an_answer_through_the_api_comes_with_tokens_and_passages(client, chat):
-    text, tokens, passages = ask(client)
+    text, tokens, alphas, passages = ask(client)
     assert text and "".join(token for token, _ in tokens) == text
+    assert [token for token, _ in alphas] == [token for token, _ in tokens] and {alpha for _, alpha in alphas} == {GOOD["alpha"]}
     titles = {source.split("\n")[0][:120] for source in chat.store.texts}
     assert {html.unescape(title) for *_, title, _ in PASSAGE.findall(passages)} <= titles and "passage" in passages
 
@@ -339,6 +340,23 @@ def test_greedy_answers_repeat_and_depend_on_alpha(client, rule):
         client.reset_session()
         given.append(ask(client, alpha=alpha, rule=rule)[0])
     assert given[:2] == given[2:] and given[0] != given[1]
+
+
+def test_auto_chooses_each_tokens_alpha_whatever_the_slider_says(client):
+    first = ask(client, alpha=0, rule="auto")
+    client.reset_session()
+    second = ask(client, alpha=1, rule="auto")
+    shares = [alpha for _, alpha in first[2]]
+    assert first[:3] == second[:3] and all(0 <= share <= 1 for share in shares) and len(set(shares)) > 1
+
+
+def test_a_memory_without_a_gate_offers_no_auto_and_refuses_it_in_words(trained):
+    manifest = read_manifest(trained)
+    del manifest["chosen"]["gate"]
+    old = app.Chat.open(app.Options(model_dir=str(trained), device="cpu"), manifest)
+    assert old.rules == list(RULES)
+    with pytest.raises(gr.Error, match="no automatic alpha"):
+        answers(old, rule="auto")
 
 
 def test_a_seed_repeats_an_answer_and_no_seed_draws_anew(client):

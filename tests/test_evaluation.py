@@ -57,7 +57,7 @@ def brute_knn(keys, values, query, token):
 @torch.no_grad()
 def slow_scores(base, decoder, keys, store, windows):
     """What score_positions returns, one window and one position at a time, as probabilities."""
-    rows = {"base": [], "memory": [], "blend_logits": [], "knn": [], "example": []}
+    rows = {"base": [], "memory": [], "blend_logits": [], "knn": [], "example": [], "position": [], "opinions": []}
     for window in windows:
         ids = torch.tensor([window.ids])
         logits = base.model(ids).logits[0].double()
@@ -70,6 +70,10 @@ def slow_scores(base, decoder, keys, store, windows):
             rows["blend_logits"].append([torch.softmax((1 - a) * z + a * m, 0)[token].item() for a in ALPHAS.tolist()])
             rows["knn"].append(brute_knn(keys, store.values, hidden[t].numpy(), token))
             rows["example"].append(window.example)
+            rows["position"].append(window.position + t - window.skip)
+            p, q = torch.softmax(m, 0), torch.softmax(z, 0)
+            rows["opinions"].append([-(q * q.log()).sum().item(), -(p * p.log()).sum().item(), q.log().max().item(),
+                                     p.log().max().item(), (p * (p / q).log()).sum().item()])
     return {name: np.array(column) for name, column in rows.items()}
 
 
@@ -82,12 +86,20 @@ def slow(base, decoder, keys_and_store, held_windows):
 def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_store, held_windows, slow, monkeypatch,
                                                         positions_at_once):
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 4 * base.vocabulary * positions_at_once)
-    scores = score_positions(base, decoder, keys_and_store[1], held_windows, K, TEMPERATURE, batch_size=3)
+    scores = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE)
     assert scores.keys() == slow.keys()
-    assert np.array_equal(scores["example"], slow["example"])
+    assert np.array_equal(scores["example"], slow["example"]) and np.array_equal(scores["position"], slow["position"])
     assert 0 < (slow["knn"] > 0).mean() < 1  # both hits and misses are compared
     for name in ("base", "memory", "blend_logits", "knn"):
         np.testing.assert_allclose(np.exp(scores[name]), slow[name], atol=2e-4, rtol=2e-3, err_msg=name)
+    np.testing.assert_allclose(scores["opinions"], slow["opinions"], atol=2e-3, rtol=2e-3)
+
+
+def test_scores_without_a_datastore_are_the_same_but_for_knn(base, decoder, held_windows, keys_and_store):
+    whole = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE)
+    without = score_positions(base, decoder, held_windows, 3)
+    assert whole.keys() - without.keys() == {"knn"}
+    assert all(np.array_equal(without[name], whole[name]) for name in without)
 
 
 def test_a_search_that_finds_fewer_than_k_gives_the_votes_to_what_it_found(keys_and_store):
@@ -125,7 +137,12 @@ def random_scores(positions=400, seed=0):
     rng = np.random.default_rng(seed)
     draw = {name: -rng.exponential(3, (positions, *shape)) for name, shape in (("base", ()), ("memory", ()), ("knn", (5,)))}
     bowl = -3 - 2 * (ALPHAS - 0.4) ** 2
-    return {**draw, "blend_logits": bowl + rng.normal(0, 0.1, (positions, 1)), "example": rng.integers(0, 6, positions)}
+    return {**draw, "blend_logits": bowl + rng.normal(0, 0.1, (positions, 1)), "opinions": rng.normal(0, 1, (positions, 5)),
+            "example": rng.integers(0, 6, positions), "position": rng.permutation(positions)}
+
+
+def summary_of(scores):
+    return summarise(scores, random_scores(80, seed=5), 3.0)
 
 
 def moved(scores, parity, seed=9):
@@ -141,8 +158,8 @@ def moved(scores, parity, seed=9):
 
 def test_what_is_chosen_depends_on_the_even_examples_only():
     scores = random_scores()
-    before = summarise(scores, 3.0)
-    after_odd, after_even = (summarise(moved(scores, parity), 3.0) for parity in (1, 0))
+    before = summary_of(scores)
+    after_odd, after_even = (summary_of(moved(scores, parity)) for parity in (1, 0))
     assert after_odd["chosen"] == before["chosen"]
     assert after_odd["held_out"] != before["held_out"]
     names = ("alpha_logits", "alpha_probabilities", "knn_lambda", "knn_temperature")
@@ -151,8 +168,8 @@ def test_what_is_chosen_depends_on_the_even_examples_only():
 
 def test_what_is_reported_depends_on_the_odd_examples_only():
     scores = random_scores()
-    before = summarise(scores, 3.0)
-    after_even, after_odd = (summarise(moved(scores, parity), 3.0) for parity in (0, 1))
+    before = summary_of(scores)
+    after_even, after_odd = (summary_of(moved(scores, parity)) for parity in (0, 1))
     for name in ("base", "memory", "positions"):
         assert after_even["held_out"][name] == before["held_out"][name]
     assert after_even["alpha_sweep"] == before["alpha_sweep"]
@@ -178,7 +195,7 @@ def test_the_summary_is_the_best_of_every_setting_tried_one_by_one():
         "blend_probabilities": {(a,): lambda p, a=a: slow_mix(base[p], memory[p], ALPHAS[a]) for a in range(21)},
         "knn_lm": {(a, s): lambda p, a=a, s=s: slow_mix(base[p], knn[p, s], ALPHAS[a]) for a in range(21) for s in range(5)},
     }
-    summary = summarise(scores, 3.0)
+    summary = summary_of(scores)
     best = {name: min(table, key=lambda at, t=table: slow_perplexity(scores, 0, t[at])) for name, table in tables.items()}
     for name, table in tables.items():
         assert summary["held_out"][name] == pytest.approx(slow_perplexity(scores, 1, table[best[name]]))
@@ -194,7 +211,7 @@ def test_the_summary_is_the_best_of_every_setting_tried_one_by_one():
 def test_neighbours_that_never_hit_are_given_no_weight():
     scores = random_scores()
     scores["knn"] = np.full_like(scores["knn"], -np.inf)
-    summary = summarise(scores, 3.0)
+    summary = summary_of(scores)
     assert summary["chosen"]["knn_lambda"] == 0
     assert summary["held_out"]["knn_lm"] == summary["held_out"]["base"]
 
@@ -202,7 +219,7 @@ def test_neighbours_that_never_hit_are_given_no_weight():
 @pytest.fixture
 def metrics():
     measured = {"entries": 12_345, "k": 8, "seconds": {"datastore": 1.4, "decoder": 22.6}, "peak_memory_bytes": 3 * 2**30}
-    return summarise(random_scores(), 3.0) | measured
+    return summary_of(random_scores()) | measured
 
 
 @pytest.mark.parametrize("losses", [[[1, 3.0, 2.0, 4.0]], [[10, 3.0, 2.0, 4.0], [20, 2.5, 1.8, 3.2]]])
@@ -222,7 +239,64 @@ def test_every_line_of_the_table_has_its_perplexity_and_its_share_of_the_base(me
     table = evaluation.report_table(metrics).splitlines()[2:]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     held = metrics["held_out"]
-    names = ("base", "knn_lm", "memory", "blend_logits", "blend_probabilities")
+    names = ("base", "knn_lm", "memory", "blend_logits", "blend_probabilities", "blend_auto")
     assert [line[1] for line in lines] == [f"{held[name]:.2f}" for name in names]
     assert [line[2] for line in lines] == [f"{held[name] / held['base']:.2f}" for name in names]
     assert f"{metrics['chosen']['alpha_logits']:g}" in lines[3][3]
+
+
+def test_evidence_is_of_earlier_tokens_of_the_same_example_only():
+    scores = random_scores(60)
+    gains = np.clip(scores["memory"] - scores["base"], -5, 5)
+    evidence = evaluation.evidence_before(scores)
+    for p in range(60):
+        same = np.flatnonzero(scores["example"] == scores["example"][p])
+        earlier = sorted((q for q in same if scores["position"][q] < scores["position"][p]), key=lambda q: scores["position"][q])
+        for column, decay in enumerate((0.6, 0.9, 0.98)):
+            expected = sum((1 - decay) * decay**ago * gains[q] for ago, q in enumerate(reversed(earlier)))
+            assert evidence[p, column] == pytest.approx(expected)
+
+
+def told_apart(positions, seed=0):
+    """Scores on which the memory is right exactly where its entropy, the second opinion, is negative."""
+    rng = np.random.default_rng(seed)
+    scores = random_scores(positions, seed)
+    knows = rng.random(positions) < 0.5
+    scores["opinions"][:, 1] = np.where(knows, -1, 1) + rng.normal(0, 0.1, positions)
+    scores["memory"], scores["base"] = np.where(knows, -0.5, -6.0), np.where(knows, -5.0, -1.0)
+    return scores, knows
+
+
+def test_the_gate_finds_where_the_memory_is_right_and_beats_every_fixed_alpha():
+    (fitted, _), (other, knows) = told_apart(400), told_apart(400, seed=1)
+    gate = evaluation.fit_gate([(fitted, evaluation.evidence_before(fitted), 1)])
+    mixed, alpha = evaluation.gated(gate, other, evaluation.evidence_before(other))
+    assert alpha[knows].min() > 0.9 and alpha[~knows].max() < 0.1
+    np.testing.assert_allclose(np.exp(mixed), (1 - alpha) * np.exp(other["base"]) + alpha * np.exp(other["memory"]))
+    fixed = evaluation.perplexities(mix_probabilities(other["base"], other["memory"]))
+    assert evaluation.perplexity(mixed) < 0.8 * fixed.min()
+
+
+def test_a_gate_that_is_told_nothing_is_the_best_fixed_alpha():
+    scores = random_scores(400)
+    scores["opinions"][:], nothing = 0, np.zeros((400, 3))
+    mixed, alpha = evaluation.gated(evaluation.fit_gate([(scores, nothing, 1)]), scores, nothing)
+    assert np.ptp(alpha) < 1e-9
+    fixed = evaluation.perplexities(mix_probabilities(scores["base"], scores["memory"]))
+    assert evaluation.perplexity(mixed) <= fixed.min() * (1 + 1e-3)
+
+
+def test_texts_on_which_the_base_is_right_make_the_gate_more_careful():
+    scores, samples = random_scores(400), random_scores(100, seed=3)
+    samples["memory"] = samples["base"] - 3
+    evidence = evaluation.evidence_before(samples)
+    own = scores, evaluation.evidence_before(scores), 1
+    gates = [evaluation.fit_gate([own, (samples, evidence, weight)]) for weight in (0, 1)]
+    alphas = [evaluation.gated(gate, samples, evidence)[1].mean() for gate in gates]
+    assert alphas[1] < alphas[0] - 0.05
+
+
+def test_the_base_writes_its_own_texts_the_same_for_a_seed(base):
+    first, again, other = (evaluation.sample_windows(base, 12, seed) for seed in (0, 0, 1))
+    assert [w.ids for w in first] == [w.ids for w in again] != [w.ids for w in other]
+    assert len(first) == evaluation.SAMPLES and all(w.ids[0] == base.bos and len(w.ids) == 13 for w in first)

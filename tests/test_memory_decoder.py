@@ -1,20 +1,23 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROWS
 
 import memory_decoder
-from datastore import UserError
+from datastore import UserError, shared_prefix
 from memory_decoder import (
     DecoderCache,
+    Gate,
     MemoryAugmentedLM,
     MemoryDecoder,
     VisibleText,
     blend,
     memory_loss,
     merge_votes,
+    opinions,
     read_manifest,
     sample,
 )
@@ -256,6 +259,44 @@ def test_steps_carry_the_probabilities_under_base_memory_and_blend(model):
     base_logits, memory = model.base.logits(hidden[0, -1]), model.decoder(hidden[:, 1:])[0, -1]
     for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
         assert value == pytest.approx(torch.softmax(logits.detach(), -1)[step.token].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("header", ["", "Question:"])
+def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, header):
+    torch.manual_seed(4)
+    decoder = MemoryDecoder(base.width, base.vocabulary, 32, num_layers=1, num_heads=4).eval()
+    gate = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
+    steps = list(MemoryAugmentedLM(base, decoder, header, gate).stream("Question: Why not?", rule="auto", temperature=0,
+                                                                       max_new_tokens=8))
+    ids = base.encode("Question: Why not?")
+    skip = shared_prefix(ids, base.encode(header))
+    for step in steps:
+        hidden = base.hidden(torch.tensor([ids]))
+        memory = decoder(hidden[:, skip:].float())[0].log_softmax(-1)
+        own = base.logits(hidden[0, skip:]).log_softmax(-1)
+        evidence = np.zeros(3)
+        for place, token in enumerate(ids[skip + 1:]):
+            gain = (memory[place, token] - own[place, token]).clamp(-5, 5).item()
+            evidence = np.array([0.6, 0.9, 0.98]) * evidence + np.array([0.4, 0.1, 0.02]) * gain
+        alpha = float(gate.alpha(opinions(own[-1], memory[-1]).detach().numpy(), evidence))
+        assert step.alpha == pytest.approx(alpha, abs=1e-3) and 0.01 < alpha < 0.99
+        mixed = (1 - alpha) * own[-1].exp() + alpha * memory[-1].exp()
+        assert step.blended == pytest.approx(mixed[step.token].item(), abs=1e-4) and step.blended >= mixed.max().item() - 1e-4
+        ids.append(step.token)
+    assert len({step.alpha for step in steps}) > 1
+
+
+def test_auto_without_a_gate_is_refused_in_words(model):
+    with pytest.raises(UserError, match="no automatic alpha"):
+        next(model.stream("x", rule="auto"))
+
+
+def test_opinions_are_entropies_top_probabilities_and_the_divergence():
+    base, memory = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.1, 0.8])
+    given = opinions(base.log() + 3, memory.log() - 2)  # logits, so any offset
+    kl = sum(p * np.log(p / q) for p, q in ((0.1, 0.5), (0.1, 0.25), (0.8, 0.25)))
+    expected = [-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), -(0.2 * np.log(0.1) + 0.8 * np.log(0.8)), np.log(0.5), np.log(0.8), kl]
+    np.testing.assert_allclose(given.numpy(), expected, atol=1e-5)
 
 
 def test_the_memory_skips_the_states_of_the_header(base):

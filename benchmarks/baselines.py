@@ -1,0 +1,117 @@
+"""What one would take instead of a memory: LoRA or full tuning of the same base, and retrieval into its prompt."""
+
+import copy
+import time
+
+import bm25s
+import common
+import numpy as np
+import torch
+from common import script
+from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+
+from datastore import BaseLM, entries_of, hidden_batches
+
+CHUNK, STRIDE = 128, 64  # tokens of a retrieved passage, and of text predicted behind one retrieval
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
+    """A copy of the base fitted to the windows' tokens for so many seconds; the rate falls to 0 on a cosine of time.
+
+    AdamW, bfloat16 where the memory's training would use it. lora: adapters of rank 16 on every linear layer, else all weights.
+    """
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base.model).requires_grad_(not lora)
+    model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    precise = script.training_precision(base.device.type) == "no"
+    lengths, began, epoch, steps = np.array([len(w.ids) for w in windows]), time.monotonic(), 0, 0
+    model.train()
+    while True:
+        for numbers in script.epoch_batches(lengths, batch_size, seed, epoch):
+            share = (time.monotonic() - began) / seconds
+            if share >= 1:
+                return wrap(base, model.merge_and_unload() if lora else model, lora, parameters), steps, epoch
+            optimizer.param_groups[0]["lr"] = lr * min(1, steps / 10) * (1 + np.cos(np.pi * share)) / 2
+            batch = [windows[b] for b in numbers]
+            ids = pad_sequence([torch.tensor(w.ids) for w in batch], batch_first=True).to(base.device)
+            labels = pad_sequence([torch.tensor([-100] * (w.skip + 1) + w.ids[w.skip + 1:]) for w in batch], batch_first=True,
+                                  padding_value=-100).to(base.device)
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=not precise):
+                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(), optimizer.zero_grad()
+            steps += 1
+        epoch += 1
+
+
+def wrap(base, model, lora, parameters):
+    """The tuned model as a BaseLM; `kept` is what it takes on disk beside the base, in bytes of bfloat16."""
+    tuned = BaseLM(model, base.tokenizer, "LoRA" if lora else "fully tuned")
+    tuned.kept = 2 * sum(p.numel() for p in parameters)
+    return tuned
+
+
+def log_probabilities(base, windows, batch_size=16):
+    """The model's log probability (P,) of every entry's next token."""
+    values, *_ = entries_of(windows)
+    parts, done = [], 0
+    for _, hidden in hidden_batches(base, windows, batch_size):
+        for part in hidden.split(4096):
+            y = torch.from_numpy(values[done:done + len(part)]).long().to(base.device)[:, None]
+            parts.append(torch.log_softmax(base.logits(part), -1).gather(1, y)[:, 0].cpu().numpy())
+            done += len(part)
+    return np.concatenate(parts)
+
+
+class Retriever:
+    """BM25 over chunks of the training texts."""
+
+    def __init__(self, base, texts):
+        ids = [base.encode(text, end=True)[1:] for text in texts]
+        self.chunks = [row[i:i + CHUNK] for row in ids for i in range(0, len(row), CHUNK)]
+        self.base, self.index = base, bm25s.BM25()
+        self.index.index(bm25s.tokenize([base.tokenizer.decode(c) for c in self.chunks], stopwords="en", show_progress=False),
+                         show_progress=False)
+
+    def best(self, queries):
+        """For each query text the chunk (token ids) that BM25 puts first."""
+        tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
+        found, _ = self.index.retrieve(tokens, k=1, show_progress=False)
+        return [self.chunks[i] for i in found[:, 0]]
+
+
+@torch.no_grad()
+def in_context(base, retriever, texts, template, max_length, batch_size=16):
+    """Log probabilities (P,) and example (P,) with a passage before the text (Ram et al. 2023, arXiv 2302.00083).
+
+    Every STRIDE tokens the passage is looked up anew, by the last STRIDE tokens before them: what comes is never in the query.
+    """
+    header = len(base.encode(template.prefix))
+    jobs = []
+    for example, text in enumerate(texts):
+        ids = base.encode(text, end=True)
+        for start in range(header, len(ids), STRIDE):
+            jobs.append((example, ids[max(1, start - (max_length - CHUNK - STRIDE)):start], ids[start:start + STRIDE]))
+    passages = retriever.best([base.tokenizer.decode(before[-STRIDE:]) or "law" for _, before, _ in jobs])
+    out, examples = [], []
+    for i in range(0, len(jobs), batch_size):
+        rows = [([base.bos, *passage, *before, *new], len(new)) for (_, before, new), passage in
+                zip(jobs[i:i + batch_size], passages[i:i + batch_size], strict=True)]
+        ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
+        for hidden, (row, count) in zip(base.hidden(ids), rows, strict=True):
+            logits = base.logits(hidden[len(row) - count - 1:len(row) - 1])
+            y = torch.tensor(row[-count:], device=logits.device)[:, None]
+            out.append(torch.log_softmax(logits, -1).gather(1, y)[:, 0].cpu().numpy())
+        examples += [np.full(len(new), example) for example, _, new in jobs[i:i + batch_size]]
+    return np.concatenate(out), np.concatenate(examples)
+
+
+def texts_of(given, name, most=None):
+    """Rendered texts of legal_qa/<name>.jsonl."""
+    rows = script.read_rows(given.data / f"legal_qa/{name}.jsonl", common.TEMPLATE)[:most]
+    return [common.TEMPLATE.render(row) for row in rows]

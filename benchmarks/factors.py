@@ -1,0 +1,108 @@
+"""What matters, one factor at a time: script 1 with one setting changed, same rows, same number of passes.
+
+    python benchmarks/factors.py --data DATA      # half an hour on two cores; results/factors.json
+"""
+
+import math
+
+import common
+import numpy as np
+from common import record, recorded, replaced, script
+from transformers import get_constant_schedule_with_warmup
+
+import evaluation
+from datastore import SEARCH_CHUNK, BaseLM, Datastore, windows_of
+from memory_decoder import MemoryDecoder
+
+DEFAULT = {"max_examples": 150, "max_length": 256, "batch_size": 4}
+HELD_ROWS = 60
+FACTORS = {
+    "default": {},
+    "context 1": {"context": 1},
+    "context 16": {"context": 16},
+    "post-norm": {"norm": "post"},
+    "post-norm, lr 1e-4": {"norm": "post", "decoder_lr": 1e-4},
+    "lr 1e-4": {"decoder_lr": 1e-4},
+    "lr 3e-4": {"decoder_lr": 3e-4},
+    "lr 3e-3": {"decoder_lr": 3e-3},
+    "kl_weight 0": {"kl_weight": 0.0},
+    "kl_weight 0.25": {"kl_weight": 0.25},
+    "kl_weight 0.75": {"kl_weight": 0.75},
+    "kl_weight 1": {"kl_weight": 1.0},
+    "dropout 0": {"dropout": 0.0},
+    "random head": {"head_init": "random"},
+    "uniform votes": {"knn_temperature": math.inf},
+    "batch 16": {"batch_size": 16},
+    "K 8": {"k": 8},
+    "K 128": {"k": 128},
+    "K 1024": {"k": 1024},
+    "one entry a row, 30 passes": {"positions": "last", "num_epochs": 30},
+}
+
+
+def find_neighbours_and_self(store, keys, k, folder):
+    """As find_neighbours, with the entry itself and the rest of its example among them."""
+    found = [store.search(keys[i:i + SEARCH_CHUNK], k) for i in range(0, len(keys), SEARCH_CHUNK)]
+    np.save(folder / "neighbours_D.npy", np.concatenate([D for D, _ in found]))
+    np.save(folder / "neighbours_I.npy", np.concatenate([I for _, I in found]).astype(np.int32))
+
+
+def scores(given, folder, base_model):
+    """Per-position scores of a finished run, its windows in an order that does not depend on the base model's depth."""
+    base, held = BaseLM.load(base_model), script.read_rows(common.held_out_file(given, HELD_ROWS), common.TEMPLATE)
+    windows = windows_of(base, [common.TEMPLATE.render(row) for row in held], common.TEMPLATE, DEFAULT["max_length"])
+    path = given.work / folder
+    temperature = float(common.json.loads((path / "metrics.json").read_text())["training_knn_temperature"])
+    decoder, store = MemoryDecoder.load(path / "memory_decoder.pt"), Datastore.open(path)
+    samples = evaluation.score_positions(base, decoder, evaluation.sample_windows(base, DEFAULT["max_length"]))
+    return evaluation.score_positions(base, decoder, windows, 16, store, 32, temperature), samples, temperature
+
+
+def inner_tap(given):
+    """The memory reads a state at 70% of the depth; the base beside it is whole."""
+    cut = common.shortened_base(given)
+    metrics = common.train(given, "factor_tap", HELD_ROWS, **DEFAULT, base_model=cut)
+    inner, samples, temperature = scores(given, "factor_tap", cut)
+    inner["base"] = scores(given, "factors", given.base_model)[0]["base"]
+    held = evaluation.summarise(inner, samples, temperature)["held_out"]
+    # A blend of logits, and the gate's look at both predictions, would need both models at once.
+    return metrics | {"held_out": held | {"blend_logits": None, "blend_auto": None}}
+
+
+def measure(given, name, run):
+    if name not in recorded("factors"):
+        metrics = run()
+        keep = {key: metrics[key] for key in ("held_out", "chosen", "seconds", "entries")}
+        record("factors", name, keep | {"commit": common.commit()})
+
+
+def main():
+    given = common.arguments(__doc__.split("\n")[0])
+    for name, changed in FACTORS.items():
+        measure(given, name, lambda changed=changed: common.train(given, "factors", HELD_ROWS, **DEFAULT | changed))
+    with replaced(script, "get_cosine_schedule_with_warmup", lambda optimizer, warm, total:
+                  get_constant_schedule_with_warmup(optimizer, warm)):
+        measure(given, "constant rate", lambda: common.train(given, "factor_constant", HELD_ROWS, **DEFAULT))
+    with replaced(script, "find_neighbours", find_neighbours_and_self):
+        measure(given, "own example among neighbours", lambda: common.train(given, "factor_own", HELD_ROWS, **DEFAULT))
+    common.train(given, "factors", HELD_ROWS, **DEFAULT)  # the whole base's own memory again, to compare with
+    measure(given, "tap at 70% of the depth", lambda: inner_tap(given))
+    print(table(recorded("factors")))
+
+
+def table(results):
+    """Markdown: held-out perplexities of each variant."""
+    def cell(value):
+        return "" if value is None else f"{value:.2f}"
+
+    lines = ["| variant | memory alone | blend of logits | of probabilities | automatic alpha | seconds to fit |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for name, result in results.items():
+        held = result["held_out"]
+        columns = [cell(held[key]) for key in ("memory", "blend_logits", "blend_probabilities", "blend_auto")]
+        lines.append(f"| {name} | {' | '.join(columns)} | {result['seconds']['decoder']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The whole comparison: base, retrieval, kNN-LM, LoRA, full tuning, the original's recipe, the memory and its blends.
+
+    python benchmarks/quality.py --data DATA                  # three seeds; results/quality.json
+    python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
+
+Same base, same training rows, same held-out rows (even ones choose, odd ones report); LoRA and full tuning get the seconds
+that the memory took, search included.
+"""
+
+import time
+
+import baselines
+import common
+import numpy as np
+import torch
+from baselines import in_context, log_probabilities, texts_of, tune
+from common import TEMPLATE, record, recorded, script
+
+import evaluation
+from datastore import BaseLM, Datastore, Template, Window, windows_of
+from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
+
+SETTINGS = {"max_examples": 500, "max_length": 256, "batch_size": 4, "num_epochs": 3}
+RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
+ROWS = (100, 250, 500, 1000, 2912)
+OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
+
+
+def options_of(given, seed, **changed):
+    held = str(common.held_out_file(given, 200))
+    return script.Options(base_model=given.base_model, dataset=str(given.data / "legal_qa/train.jsonl"), validation_dataset=held,
+                          seed=seed, **SETTINGS | changed)
+
+
+def off_domain_windows(given, base):
+    """WikiText-2 in pieces of as many tokens as a window, each a text of its own; <unk> is the unknown token."""
+    text = (given.data / "off_domain/wikitext2_valid.txt").read_text(encoding="utf-8")
+    ids = base.tokenizer(text[:400_000], add_special_tokens=False).input_ids
+    width = SETTINGS["max_length"] - 1
+    pieces = [ids[i:i + width] for i in range(0, len(ids) - width, width)][:OFF_DOMAIN_TEXTS * 2]
+    return [Window(number, [base.bos, *piece], 0, 0) for number, piece in enumerate(pieces)]
+
+
+def perplexity_of_odd(scores, example):
+    return evaluation.perplexity(scores[example % 2 == 1])
+
+
+def memory_off_domain(given, folder, base, windows):
+    """Off-domain perplexities of base, kNN-LM, memory, its blends at the chosen alphas and under the gate."""
+    path = given.work / folder
+    metrics = common.json.loads((path / "metrics.json").read_text())
+    chosen, decoder = metrics["chosen"], MemoryDecoder.load(path / "memory_decoder.pt")
+    scores = evaluation.score_positions(base, decoder, windows, 16, Datastore.open(path), metrics["k"], chosen["knn_temperature"])
+    auto, alpha = evaluation.gated(Gate(**chosen["gate"]), scores, evaluation.evidence_before(scores))
+
+    def at(table, value):
+        return evaluation.perplexity(table[:, int(np.argmin(abs(evaluation.ALPHAS - value)))])
+
+    knn = scores["knn"][:, evaluation.TEMPERATURES.index(1.0)]
+    return {"base": evaluation.perplexity(scores["base"]), "memory": evaluation.perplexity(scores["memory"]),
+            "knn_lm": at(evaluation.mix_probabilities(scores["base"], knn), chosen["knn_lambda"]),
+            "blend_logits": at(scores["blend_logits"], chosen["alpha_logits"]),
+            "blend_probabilities": at(evaluation.mix_probabilities(scores["base"], scores["memory"]),
+                                      chosen["alpha_probabilities"]),
+            "blend_auto": evaluation.perplexity(auto), "mean_auto_alpha": float(alpha.mean())}
+
+
+def score_tuned(tuned, held, off):
+    """Perplexities on the choosing and the reporting half of the held-out rows, and off-domain."""
+    legal, example = log_probabilities(tuned, held), baselines.entries_of(held).example
+    return {"choose": evaluation.perplexity(legal[example % 2 == 0]), "legal": perplexity_of_odd(legal, example),
+            "off_domain": evaluation.perplexity(log_probabilities(tuned, off))}
+
+
+def tuned_results(base, windows, held, off, seconds, seed, rates):
+    """For LoRA and full tuning, the result at the rate that does best on the choosing half."""
+    results = {}
+    for name, tried in rates.items():
+        runs = {}
+        for lr in tried:
+            tuned, steps, epochs = tune(base, windows, seconds, lr, name == "LoRA", seed)
+            runs[lr] = score_tuned(tuned, held, off) | {"lr": lr, "steps": steps, "epochs": epochs, "bytes": tuned.kept}
+        best = min(runs.values(), key=lambda run: run["choose"])
+        results[name] = best | {"tried": {str(lr): run["choose"] for lr, run in runs.items()}, "seconds": seconds}
+    return results
+
+
+def seconds_a_token(given, folder, base):
+    """Median seconds of a greedy token behind a short prompt: base alone, with the memory, and with a search as kNN-LM needs."""
+    path = given.work / folder
+    store = Datastore.open(path)
+    model = MemoryAugmentedLM(base, MemoryDecoder.load(path / "memory_decoder.pt"), Template(TEMPLATE.pattern).header)
+
+    def pace(one):
+        taken = []
+        for _ in range(40):
+            began = time.perf_counter()
+            one()
+            taken.append(time.perf_counter() - began)
+        return float(np.median(taken[10:]))
+
+    steps = model.steps(base.encode(PROMPT))
+    hidden = next(steps)[0]
+    cache = prompt_cache(base)
+    alone = pace(lambda: base.logits(base.hidden(torch.tensor([[base.bos]]), cache)[0, -1]))
+    return {"base": alone, "memory": pace(lambda: steps.send(5)),
+            "knn_lm": alone + pace(lambda: store.search(hidden[None].numpy(), 32))}
+
+
+def prompt_cache(base):
+    cache = evaluation.DynamicCache(config=base.model.config)
+    base.hidden(torch.tensor([base.encode(PROMPT)]), cache)
+    return cache
+
+
+def bytes_of(given, folder):
+    path = given.work / folder
+    size = {name: (path / name).stat().st_size for name in
+            ("memory_decoder.pt", "faiss_index.bin", "datastore_values.npy")}
+    return {"memory": size["memory_decoder.pt"], "knn_lm": size["faiss_index.bin"] + size["datastore_values.npy"]}
+
+
+def compare(given, seed):
+    """Everything of one seed, in a dict."""
+    folder = f"memory_{seed}"
+    metrics = common.train(given, folder, seed=seed, **SETTINGS)
+    seconds = sum(metrics["seconds"][stage] for stage in ("datastore", "index", "neighbours", "decoder"))
+    base = BaseLM.load(given.base_model)
+    rows, held_rows = script.split_rows(options_of(given, seed), TEMPLATE)
+    texts, held_texts = ([TEMPLATE.render(row) for row in part] for part in (rows, held_rows))
+    windows, held = (windows_of(base, part, TEMPLATE, SETTINGS["max_length"]) for part in (texts, held_texts))
+    off = off_domain_windows(given, base)
+    result = {"commit": common.commit(), "held_out": metrics["held_out"], "chosen": metrics["chosen"],
+              "entries": metrics["entries"], "seconds": metrics["seconds"], "budget": seconds,
+              "off_domain": memory_off_domain(given, folder, base, off), "bytes": bytes_of(given, folder),
+              "seconds_a_token": seconds_a_token(given, folder, base)}
+    first = recorded("quality").get("0", {})
+    rates = {name: (first[name]["lr"],) if name in first else tried for name, tried in RATES.items()}
+    result |= tuned_results(base, windows, held, off, seconds, seed, rates)
+    found, example = in_context(base, baselines.Retriever(base, texts), held_texts, TEMPLATE,
+                                SETTINGS["max_length"] + baselines.CHUNK)
+    result["retrieval"] = perplexity_of_odd(found, example)
+    original = common.train(given, f"original_{seed}", seed=seed, **{**SETTINGS, **script.ORIGINAL})
+    half = original["alpha_sweep"]["alpha"].index(0.5)
+    return result | {"original": original["held_out"] | {"at_half": original["alpha_sweep"]["logits"][half],
+                                                         "seconds": original["seconds"]["decoder"]}}
+
+
+def curve(given, rows):
+    """Memory, kNN-LM and LoRA after so many rows; everyone gets the seconds that the memory took."""
+    folder = f"curve_{rows}"
+    epochs = max(1, round(SETTINGS["num_epochs"] * min(3, SETTINGS["max_examples"] / rows)))
+    changed = {"max_examples": rows, "num_epochs": epochs}
+    metrics = common.train(given, folder, 100, **SETTINGS | changed)
+    seconds = sum(metrics["seconds"][stage] for stage in ("datastore", "index", "neighbours", "decoder"))
+    base = BaseLM.load(given.base_model)
+    rows, _ = script.split_rows(options_of(given, 0, **changed), TEMPLATE)
+    windows = windows_of(base, [TEMPLATE.render(row) for row in rows], TEMPLATE, SETTINGS["max_length"])
+    held = windows_of(base, texts_of(given, "validation", 100), TEMPLATE, SETTINGS["max_length"])
+    tuned, steps, _ = tune(base, windows, seconds, recorded("quality")["0"]["LoRA"]["lr"], lora=True)
+    lora = perplexity_of_odd(log_probabilities(tuned, held), baselines.entries_of(held).example)
+    return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"], "epochs": epochs,
+            "LoRA": lora, "lora_steps": steps, "commit": common.commit()}
+
+
+def main():
+    given = common.arguments(__doc__.split("\n")[0], part="compare")
+    keys, one = (("0", "1", "2"), compare) if given.part == "compare" else (map(str, ROWS), curve)
+    name = "quality" if given.part == "compare" else "curve"
+    for key in keys:
+        if key not in recorded(name):
+            record(name, key, one(given, int(key)))
+    if name == "quality":
+        print(table(recorded("quality")))
+
+
+def spread(values, digits=2):
+    """Mean and range, as Markdown shows them."""
+    low, high, mean = min(values), max(values), sum(values) / len(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(results):
+    """Markdown: mean and range over the seeds, legal and off-domain."""
+    runs = list(results.values())
+    held = {"kNN-LM": "knn_lm", "memory alone": "memory", "blend of logits": "blend_logits",
+            "blend of probabilities": "blend_probabilities", "automatic alpha": "blend_auto"}
+    lines = ["| | legal | off-domain |", "|---|---:|---:|"]
+
+    def line(name, legal, off):
+        lines.append(f"| {name} | {spread([legal(run) for run in runs])} | {spread([off(run) for run in runs]) if off else ''} |")
+
+    line("base alone", lambda r: r["held_out"]["base"], lambda r: r["off_domain"]["base"])
+    line("BM25 passages in the prompt", lambda r: r["retrieval"], None)
+    line("the original's recipe, best alpha", lambda r: r["original"]["blend_logits"], None)
+    line("the original's recipe, alpha 0.5", lambda r: r["original"]["at_half"], None)
+    for name in ("LoRA", "fully tuned"):
+        line(name, lambda r, n=name: r[n]["legal"], lambda r, n=name: r[n]["off_domain"])
+    for name, key in held.items():
+        line(name, lambda r, k=key: r["held_out"][k], lambda r, k=key: r["off_domain"][k])
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
