@@ -126,8 +126,8 @@ def test_training_leaves_every_artefact_and_nothing_half_written(trained):
 
 def test_metrics_hold_what_the_report_is_made_of(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["held_out"].keys() == {"positions", "base", "knn_lm", "memory", "blend_logits", "blend_probabilities", "blend_auto",
-                                          "mean_auto_alpha"}
+    assert metrics["held_out"].keys() == {"positions", "base", "knn_lm", "memory", "blend_logits", "blend_probabilities",
+                                          "blend_auto", "mean_auto_alpha"}
     assert metrics["chosen"].keys() >= {"alpha_logits", "alpha_probabilities", "knn_lambda", "knn_temperature"}
     assert metrics["entries"] == len(np.load(trained / "datastore_values.npy")) and metrics["k"] == 8
     assert metrics["seconds"].keys() == {"datastore", "index", "neighbours", "decoder", "report"}
