@@ -63,6 +63,7 @@ DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 MOST_VALIDATION_ROWS = 200
+LONG_ANSWER = 100  # characters from which two equal answers are one answer to two questions
 CHECKPOINT_SECONDS = 120
 
 
@@ -164,6 +165,12 @@ def explain_dataset_error(source, local, error):
             f"or name a local file. ({one_line(error)[:120]})")
 
 
+def telltale(row, template):
+    """What must not stand on both sides of the split: the text (data repeat rows), and an answer too long to be chance."""
+    answer = str(row[template.fields[-1]]).strip()
+    return [template.render(row), *([answer] if len(answer) >= LONG_ANSWER else [])]
+
+
 def split_rows(options, template):
     """(training rows, validation rows); those held out never enter the datastore."""
     rows = read_rows(options.dataset, template)
@@ -173,8 +180,8 @@ def split_rows(options, template):
     else:
         count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(rows))))
         held, order = [rows[i] for i in order[:count]], order[count:]
-    held_texts = {template.render(row) for row in held}  # a row may stand in the data twice, or in both files
-    order = [i for i in order if template.render(rows[i]) not in held_texts]
+    known = {part for row in held for part in telltale(row, template)}
+    order = [i for i in order if not known & set(telltale(rows[i], template))]
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "

@@ -20,9 +20,9 @@ import evaluation
 from datastore import BaseLM, Datastore, Template, Window, windows_of
 from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 
-SETTINGS = {"max_examples": 500, "max_length": 256, "batch_size": 4, "num_epochs": 3}
+SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
-ROWS = (100, 250, 500, 1000, 2912)
+ROWS = (100, 250, 1000, 2912)
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 
@@ -37,7 +37,7 @@ def off_domain_windows(given, base):
     text = (given.data / "off_domain/wikitext2_valid.txt").read_text(encoding="utf-8")
     ids = base.tokenizer(text[:400_000], add_special_tokens=False).input_ids
     width = SETTINGS["max_length"] - 1
-    pieces = [ids[i:i + width] for i in range(0, len(ids) - width, width)][:OFF_DOMAIN_TEXTS * 2]
+    pieces = [ids[i:i + width] for i in range(0, len(ids) - width, width)][:OFF_DOMAIN_TEXTS]
     return [Window(number, [base.bos, *piece], 0, 0) for number, piece in enumerate(pieces)]
 
 
