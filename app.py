@@ -23,9 +23,9 @@ from memory_decoder import AUTO, RULES, Gate, MemoryAugmentedLM, MemoryDecoder, 
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
-        # A small base is often sure and wrong: mixing probabilities lets a sure memory win, and its second choices are poor.
+        # A small base is often sure and wrong: the gate lets a sure memory win. The base's second choices are poor.
         # Its memory learned single questions, so an earlier answer before the next one only leads it astray.
-        "rule": "probabilities", "temperature": 0.2, "max_turns": 0}
+        "rule": "auto", "temperature": 0.2, "max_turns": 0}
 QUESTIONS = [  # of rows that --demo remembers
     "I want a divorce but my husband says he will never sign anything. Can he stop me?",
     "Arrested and questioned, never read my rights. Is my case dismissed?",
@@ -207,16 +207,18 @@ def build_page(chat, rule, temperature):
             left = gr.Column(scale=3)
             with gr.Column(scale=2):
                 chosen = chat.chosen
+                share = slider("alpha", chosen[f"alpha_{RULES[1] if rule == AUTO else rule}"], 0.01, "alpha",
+                               "0: base model alone, 1: memory alone. Chosen in training: "
+                               f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities.")
+                blending = gr.Radio(chat.rules, value=rule, label="blend rule", elem_id="rule",
+                                    info="auto: alpha is chosen anew for every token, whatever the slider says")
                 inputs = [
-                    slider("alpha", chosen[f"alpha_{RULES[1] if rule == AUTO else rule}"], 0.01, "alpha",
-                           "0: base model alone, 1: memory alone. Chosen in training: "
-                           f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities."),
+                    share,
                     slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
-                    gr.Radio(chat.rules, value=rule, label="blend rule", elem_id="rule",
-                             info="auto: alpha is chosen for every token, probabilities are mixed, and the slider does nothing"),
+                    blending,
                     # Text, since an empty gr.Number arrives as 0.
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
                                info="with a number here, move alpha and retry the answer to see what the memory does"),

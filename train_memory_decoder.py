@@ -232,7 +232,8 @@ class Stages:
         learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "batch_size",
                           "kl_weight", "knn_temperature", "seed")
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
-        self.report = Stage(root, "report", digest(held_texts), self.decoder)
+        # A report from before there were gates is made anew.
+        self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))

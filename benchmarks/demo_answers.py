@@ -1,4 +1,4 @@
-"""What the embedded default answers at alpha 0, at the chosen alpha and at 1: same questions, same seed, side by side.
+"""What the embedded default answers at alpha 0, at the page's own setting and at 1: same questions, same seed, side by side.
 
     python benchmarks/demo_answers.py > answers.md    # after train_memory_decoder.py --demo
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
-from memory_decoder import read_manifest
+from memory_decoder import AUTO, RULES, read_manifest
 
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 200, "k": 8, "seed": SEED}
@@ -70,19 +70,25 @@ def main():
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = app.Chat.open(options, manifest)
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {options.rule}.\n")
-    settings = {**SETTINGS, "rule": options.rule, "temperature": options.temperature}
-    alphas = (0, chat.chosen[f"alpha_{options.rule}"], 1)
+    settings = {**SETTINGS, "temperature": options.temperature}
+    middle = ("automatic alpha", 0, AUTO)
+    if options.rule != AUTO:
+        alpha = chat.chosen[f"alpha_{options.rule}"]
+        middle = (f"alpha {alpha:g}", alpha, options.rule)
+    columns = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])]
     asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]
     for number, (origin, question) in enumerate(asked, 1):
         print(f"**{number}. {question}** ({origin})\n")
-        print("| " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |\n|" + "---|" * len(alphas))
-        answers = [list(chat.answer(question, [], alpha, **settings))[-1][0] for alpha in alphas]
+        print("| " + " | ".join(name for name, *_ in columns) + " |\n|" + "---|" * len(columns))
+        answers = [list(chat.answer(question, [], alpha, rule=rule, **settings))[-1][0] for _, alpha, rule in columns]
         print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
-    print(f"In other words, at alpha {alphas[1]:g}:\n")
+    name, alpha, rule = middle
+    settings |= {"rule": rule}
+    print(f"In other words, {name}:\n")
     for question in REWORDED:
-        answer = list(chat.answer(question, [], alphas[1], **{**settings, "max_new_tokens": 60}))[-1][0]
+        answer = list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 60}))[-1][0]
         print(f"- **{question}** {cell(answer)}")
-    print("\nRecalled at alpha {:g}: {} of {} questions from the file.".format(alphas[1], *recalled(chat, settings, alphas[1])))
+    print("\nRecalled, {}: {} of {} questions from the file.".format(name, *recalled(chat, settings, alpha)))
 
 
 if __name__ == "__main__":
