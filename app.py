@@ -200,6 +200,7 @@ def slider(name, value, step, label, info):
 
 def build_page(chat, rule, temperature):
     """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
+    rule = rule if rule in chat.rules else RULES[1]  # a memory from before there were gates
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
                     f"{len(chat.store.texts):,} texts ({len(chat.store):,} entries). General information, not legal advice.")

@@ -87,21 +87,6 @@ def main():
         measure(given, "own example among neighbours", lambda: common.train(given, "factor_own", HELD_ROWS, **DEFAULT))
     common.train(given, "factors", HELD_ROWS, **DEFAULT)  # the whole base's own memory again, to compare with
     measure(given, "tap at 70% of the depth", lambda: inner_tap(given))
-    print(table(recorded("factors")))
-
-
-def table(results):
-    """Markdown: held-out perplexities of each variant."""
-    def cell(value):
-        return "" if value is None else f"{value:.2f}"
-
-    lines = ["| variant | memory alone | blend of logits | of probabilities | automatic alpha | seconds to fit |",
-             "|---|---:|---:|---:|---:|---:|"]
-    for name, result in results.items():
-        held = result["held_out"]
-        columns = [cell(held[key]) for key in ("memory", "blend_logits", "blend_probabilities", "blend_auto")]
-        lines.append(f"| {name} | {' | '.join(columns)} | {result['seconds']['decoder']:.0f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -170,35 +170,6 @@ def main():
     for key in keys:
         if key not in recorded(name):
             record(name, key, one(given, int(key)))
-    if name == "quality":
-        print(table(recorded("quality")))
-
-
-def spread(values, digits=2):
-    """Mean and range, as Markdown shows them."""
-    low, high, mean = min(values), max(values), sum(values) / len(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def table(results):
-    """Markdown: mean and range over the seeds, legal and off-domain."""
-    runs = list(results.values())
-    held = {"kNN-LM": "knn_lm", "memory alone": "memory", "blend of logits": "blend_logits",
-            "blend of probabilities": "blend_probabilities", "automatic alpha": "blend_auto"}
-    lines = ["| | legal | off-domain |", "|---|---:|---:|"]
-
-    def line(name, legal, off):
-        lines.append(f"| {name} | {spread([legal(run) for run in runs])} | {spread([off(run) for run in runs]) if off else ''} |")
-
-    line("base alone", lambda r: r["held_out"]["base"], lambda r: r["off_domain"]["base"])
-    line("BM25 passages in the prompt", lambda r: r["retrieval"], None)
-    line("the original's recipe, best alpha", lambda r: r["original"]["blend_logits"], None)
-    line("the original's recipe, alpha 0.5", lambda r: r["original"]["at_half"], None)
-    for name in ("LoRA", "fully tuned"):
-        line(name, lambda r, n=name: r[n]["legal"], lambda r, n=name: r[n]["off_domain"])
-    for name, key in held.items():
-        line(name, lambda r, k=key: r["held_out"][k], lambda r, k=key: r["off_domain"][k])
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
