@@ -22,7 +22,7 @@ from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
-ROWS = (100, 250, 1000, 2912)
+ROWS = (100, 300, 900)
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 
@@ -137,13 +137,18 @@ def compare(given, seed):
     first = recorded("quality").get("0", {})
     rates = {name: (first[name]["lr"],) if name in first else tried for name, tried in RATES.items()}
     result |= tuned_results(base, windows, held, off, seconds, seed, rates)
+    return result | (slow_rivals(given, base, texts, held_texts) if seed == 0 else {})
+
+
+def slow_rivals(given, base, texts, held_texts):
+    """Retrieval and the original's recipe: far from the rest, so one seed is enough."""
     found, example = in_context(base, baselines.Retriever(base, texts), held_texts, TEMPLATE,
                                 SETTINGS["max_length"] + baselines.CHUNK)
-    result["retrieval"] = perplexity_of_odd(found, example)
-    original = common.train(given, f"original_{seed}", seed=seed, **{**SETTINGS, **script.ORIGINAL})
+    original = common.train(given, "original", **{**SETTINGS, **script.ORIGINAL})
     half = original["alpha_sweep"]["alpha"].index(0.5)
-    return result | {"original": original["held_out"] | {"at_half": original["alpha_sweep"]["logits"][half],
-                                                         "seconds": original["seconds"]["decoder"]}}
+    return {"retrieval": perplexity_of_odd(found, example),
+            "original": original["held_out"] | {"at_half": original["alpha_sweep"]["logits"][half],
+                                                "seconds": original["seconds"]["decoder"]}}
 
 
 def curve(given, rows):
