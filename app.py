@@ -1,4 +1,4 @@
-"""Script 2: chat in the browser with the base model and its memory, blended by as much as the slider says.
+"""Script 2: chat in the browser with the base model and its memory, blended by a fixed or an automatic alpha.
 
     python app.py --demo                          # what `train_memory_decoder.py --demo` made
     python app.py --model_dir trained_models
@@ -35,7 +35,7 @@ QUESTIONS = [  # of rows that --demo remembers
 # Name, lowest, highest: also enforced for values that arrive through the API.
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}
 SEEDS = 2**31
-NO_ANSWER = "*(The model ended its answer at once; ask in other words or change alpha.)*"
+NO_ANSWER = "*(The model ended its answer at once; ask in other words or choose another rule or alpha.)*"
 SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
 .passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em 0; font-size: .92em; }
@@ -222,7 +222,7 @@ def build_page(chat, rule, temperature):
                     blending,
                     # Text, since an empty gr.Number arrives as 0.
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
-                               info="with a number here, move alpha and retry the answer to see what the memory does"),
+                               info="with a number here, choose another rule or alpha and retry the answer to see what the memory does"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")

@@ -33,10 +33,10 @@ TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was traine
 
 @torch.no_grad()
 def sample_windows(base, length, seed=0):
-    """SAMPLES texts of `length` tokens that the base model writes by itself, as windows: text on which it is right."""
+    """SAMPLES texts of `length` tokens, BOS included, that the base model writes by itself, as windows: text on which it is right."""
     generator, cache = torch.Generator().manual_seed(seed), DynamicCache(config=base.model.config)
     ids = new = torch.full((SAMPLES, 1), base.bos)
-    for _ in range(length):
+    for _ in range(length - 1):
         chances = torch.softmax(base.logits(base.hidden(new, cache)[:, -1]), -1).cpu()
         new = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, new], 1)

@@ -181,7 +181,10 @@ def split_rows(options, template):
         count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(rows))))
         held, order = [rows[i] for i in order[:count]], order[count:]
     known = {part for row in held for part in telltale(row, template)}
-    order = [i for i in order if not known & set(telltale(rows[i], template))]
+    apart = [i for i in order if not known & set(telltale(rows[i], template))]
+    if len(apart) < len(order) and not options.validation_dataset:
+        print(f"left out: {len(order) - len(apart)} rows whose text or long answer is held out too", flush=True)
+    order = apart
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "

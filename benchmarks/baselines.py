@@ -11,7 +11,7 @@ from common import script
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
-from datastore import BaseLM, entries_of, hidden_batches
+from datastore import BaseLM, entries_of, hidden_batches, shared_prefix
 
 CHUNK, STRIDE = 128, 64  # tokens of a retrieved passage, and of text predicted behind one retrieval
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -91,11 +91,10 @@ def in_context(base, retriever, texts, template, max_length, batch_size=16):
 
     Every STRIDE tokens the passage is looked up anew, by the last STRIDE tokens before them: what comes is never in the query.
     """
-    header = len(base.encode(template.prefix))
-    jobs = []
+    header, jobs = base.encode(template.prefix), []
     for example, text in enumerate(texts):
         ids = base.encode(text, end=True)
-        for start in range(header, len(ids), STRIDE):
+        for start in range(shared_prefix(ids, header) + 1, len(ids), STRIDE):
             jobs.append((example, ids[max(1, start - (max_length - CHUNK - STRIDE)):start], ids[start:start + STRIDE]))
     passages = retriever.best([base.tokenizer.decode(before[-STRIDE:]) or "law" for _, before, _ in jobs])
     out, examples = [], []

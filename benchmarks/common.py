@@ -76,14 +76,13 @@ def recorded(name):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def commit():
-    return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+# Asked once, since the folder may move on while a benchmark runs.
+COMMIT = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
 
 
-def shortened_base(given, share=0.7):
-    """A folder with the base model cut after `share` of its layers: the final norm then reads an inner state."""
+def shortened_base(given, layers):
+    """A folder with the base model cut after so many layers: the final norm then reads an inner state."""
     base = BaseLM.load(given.base_model)
-    layers = round(share * base.model.config.num_hidden_layers)
     base.model.model.layers = base.model.model.layers[:layers]
     base.model.config.num_hidden_layers = layers
     if getattr(base.model.config, "layer_types", None):

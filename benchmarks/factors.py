@@ -59,21 +59,21 @@ def scores(given, folder, base_model):
 
 
 def inner_tap(given):
-    """The memory reads a state at 70% of the depth; the base beside it is whole."""
-    cut = common.shortened_base(given)
+    """The memory reads the state after 4 of the 5 layers; the base beside it is whole."""
+    cut = common.shortened_base(given, 4)
     metrics = common.train(given, "factor_tap", HELD_ROWS, **DEFAULT, base_model=cut)
     inner, samples, temperature = scores(given, "factor_tap", cut)
     inner["base"] = scores(given, "factors", given.base_model)[0]["base"]
-    held = evaluation.summarise(inner, samples, temperature)["held_out"]
+    mixed = evaluation.summarise(inner, samples, temperature)
     # A blend of logits, and the gate's look at both predictions, would need both models at once.
-    return metrics | {"held_out": held | {"blend_logits": None, "blend_auto": None}}
+    return metrics | {"held_out": mixed["held_out"] | {"blend_logits": None, "blend_auto": None}, "chosen": mixed["chosen"]}
 
 
 def measure(given, name, run):
     if name not in recorded("factors"):
         metrics = run()
         keep = {key: metrics[key] for key in ("held_out", "chosen", "seconds", "entries")}
-        record("factors", name, keep | {"commit": common.commit()})
+        record("factors", name, keep | {"commit": common.COMMIT})
 
 
 def main():
@@ -86,7 +86,7 @@ def main():
     with replaced(script, "find_neighbours", find_neighbours_and_self):
         measure(given, "own example among neighbours", lambda: common.train(given, "factor_own", HELD_ROWS, **DEFAULT))
     common.train(given, "factors", HELD_ROWS, **DEFAULT)  # the whole base's own memory again, to compare with
-    measure(given, "tap at 70% of the depth", lambda: inner_tap(given))
+    measure(given, "tap after layer 4 of 5", lambda: inner_tap(given))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
-ROWS = (100, 300, 900)
+ROWS, HELD_CURVE = (100, 300, 700), 60
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 
-def options_of(given, seed, **changed):
-    held = str(common.held_out_file(given, 200))
+def options_of(given, seed, held_rows=200, **changed):
+    held = str(common.held_out_file(given, held_rows))
     return script.Options(base_model=given.base_model, dataset=str(given.data / "legal_qa/train.jsonl"), validation_dataset=held,
                           seed=seed, **SETTINGS | changed)
 
@@ -130,7 +130,7 @@ def compare(given, seed):
     texts, held_texts = ([TEMPLATE.render(row) for row in part] for part in (rows, held_rows))
     windows, held = (windows_of(base, part, TEMPLATE, SETTINGS["max_length"]) for part in (texts, held_texts))
     off = off_domain_windows(given, base)
-    result = {"commit": common.commit(), "held_out": metrics["held_out"], "chosen": metrics["chosen"],
+    result = {"commit": common.COMMIT, "held_out": metrics["held_out"], "chosen": metrics["chosen"],
               "entries": metrics["entries"], "seconds": metrics["seconds"], "budget": seconds,
               "off_domain": memory_off_domain(given, folder, base, off), "bytes": bytes_of(given, folder),
               "seconds_a_token": seconds_a_token(given, folder, base)}
@@ -154,18 +154,18 @@ def slow_rivals(given, base, texts, held_texts):
 def curve(given, rows):
     """Memory, kNN-LM and LoRA after so many rows; everyone gets the seconds that the memory took."""
     folder = f"curve_{rows}"
-    epochs = max(1, round(SETTINGS["num_epochs"] * min(3, SETTINGS["max_examples"] / rows)))
+    epochs = max(1, min(5, 600 // rows))
     changed = {"max_examples": rows, "num_epochs": epochs}
-    metrics = common.train(given, folder, 100, **SETTINGS | changed)
+    metrics = common.train(given, folder, HELD_CURVE, **SETTINGS | changed)
     seconds = sum(metrics["seconds"][stage] for stage in ("datastore", "index", "neighbours", "decoder"))
     base = BaseLM.load(given.base_model)
-    rows, _ = script.split_rows(options_of(given, 0, **changed), TEMPLATE)
+    rows, _ = script.split_rows(options_of(given, 0, HELD_CURVE, **changed), TEMPLATE)
     windows = windows_of(base, [TEMPLATE.render(row) for row in rows], TEMPLATE, SETTINGS["max_length"])
-    held = windows_of(base, texts_of(given, "validation", 100), TEMPLATE, SETTINGS["max_length"])
+    held = windows_of(base, texts_of(given, "validation", HELD_CURVE), TEMPLATE, SETTINGS["max_length"])
     tuned, steps, _ = tune(base, windows, seconds, recorded("quality")["0"]["LoRA"]["lr"], lora=True)
     lora = perplexity_of_odd(log_probabilities(tuned, held), baselines.entries_of(held).example)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"], "epochs": epochs,
-            "LoRA": lora, "lora_steps": steps, "commit": common.commit()}
+            "LoRA": lora, "lora_steps": steps, "commit": common.COMMIT}
 
 
 def main():
