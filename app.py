@@ -222,7 +222,7 @@ def build_page(chat, rule, temperature):
                     blending,
                     # Text, since an empty gr.Number arrives as 0.
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
-                               info="with a number here, choose another rule or alpha and retry the answer to see what the memory does"),
+                               info="with a number here, change rule or alpha and retry the answer to see what the memory does"),
                 ]
                 tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
                                             color_map={}, show_legend=False, elem_id="tokens")

@@ -33,7 +33,7 @@ TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was traine
 
 @torch.no_grad()
 def sample_windows(base, length, seed=0):
-    """SAMPLES texts of `length` tokens, BOS included, that the base model writes by itself, as windows: text on which it is right."""
+    """SAMPLES texts of `length` tokens (BOS is one) that the base model writes by itself, as windows: text on which it is right."""
     generator, cache = torch.Generator().manual_seed(seed), DynamicCache(config=base.model.config)
     ids = new = torch.full((SAMPLES, 1), base.bos)
     for _ in range(length - 1):

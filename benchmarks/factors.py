@@ -7,6 +7,7 @@ import math
 
 import common
 import numpy as np
+from baselines import log_probabilities, texts_of
 from common import record, recorded, replaced, script
 from transformers import get_constant_schedule_with_warmup
 
@@ -22,21 +23,21 @@ FACTORS = {
     "context 16": {"context": 16},
     "post-norm": {"norm": "post"},
     "post-norm, lr 1e-4": {"norm": "post", "decoder_lr": 1e-4},
-    "lr 1e-4": {"decoder_lr": 1e-4},
-    "lr 3e-4": {"decoder_lr": 3e-4},
-    "lr 3e-3": {"decoder_lr": 3e-3},
     "kl_weight 0": {"kl_weight": 0.0},
-    "kl_weight 0.25": {"kl_weight": 0.25},
-    "kl_weight 0.75": {"kl_weight": 0.75},
-    "kl_weight 1": {"kl_weight": 1.0},
     "dropout 0": {"dropout": 0.0},
     "random head": {"head_init": "random"},
     "uniform votes": {"knn_temperature": math.inf},
-    "batch 16": {"batch_size": 16},
+    "lr 1e-4": {"decoder_lr": 1e-4},
+    "lr 3e-3": {"decoder_lr": 3e-3},
+    "kl_weight 1": {"kl_weight": 1.0},
+    "one entry a row, 30 passes": {"positions": "last", "num_epochs": 30},
+    "K 1024": {"k": 1024},
     "K 8": {"k": 8},
     "K 128": {"k": 128},
-    "K 1024": {"k": 1024},
-    "one entry a row, 30 passes": {"positions": "last", "num_epochs": 30},
+    "batch 16": {"batch_size": 16},
+    "kl_weight 0.25": {"kl_weight": 0.25},
+    "kl_weight 0.75": {"kl_weight": 0.75},
+    "lr 3e-4": {"decoder_lr": 3e-4},
 }
 
 
@@ -47,24 +48,17 @@ def find_neighbours_and_self(store, keys, k, folder):
     np.save(folder / "neighbours_I.npy", np.concatenate([I for _, I in found]).astype(np.int32))
 
 
-def scores(given, folder, base_model):
-    """Per-position scores of a finished run, its windows in an order that does not depend on the base model's depth."""
-    base, held = BaseLM.load(base_model), script.read_rows(common.held_out_file(given, HELD_ROWS), common.TEMPLATE)
-    windows = windows_of(base, [common.TEMPLATE.render(row) for row in held], common.TEMPLATE, DEFAULT["max_length"])
-    path = given.work / folder
-    temperature = float(common.json.loads((path / "metrics.json").read_text())["training_knn_temperature"])
-    decoder, store = MemoryDecoder.load(path / "memory_decoder.pt"), Datastore.open(path)
-    samples = evaluation.score_positions(base, decoder, evaluation.sample_windows(base, DEFAULT["max_length"]))
-    return evaluation.score_positions(base, decoder, windows, 16, store, 32, temperature), samples, temperature
-
-
 def inner_tap(given):
-    """The memory reads the state after 4 of the 5 layers; the base beside it is whole."""
+    """The memory reads the state after 4 of the 5 layers; the base that it is mixed with is whole."""
     cut = common.shortened_base(given, 4)
     metrics = common.train(given, "factor_tap", HELD_ROWS, **DEFAULT, base_model=cut)
-    inner, samples, temperature = scores(given, "factor_tap", cut)
-    inner["base"] = scores(given, "factors", given.base_model)[0]["base"]
-    mixed = evaluation.summarise(inner, samples, temperature)
+    base, whole, path = BaseLM.load(cut), BaseLM.load(given.base_model), given.work / "factor_tap"
+    windows = windows_of(base, texts_of(given, "validation", HELD_ROWS), common.TEMPLATE, DEFAULT["max_length"])
+    decoder, temperature = MemoryDecoder.load(path / "memory_decoder.pt"), metrics["training_knn_temperature"]
+    samples = evaluation.score_positions(base, decoder, evaluation.sample_windows(base, DEFAULT["max_length"]))
+    scores = evaluation.score_positions(base, decoder, windows, 16, Datastore.open(path), 32, temperature)
+    scores["base"] = log_probabilities(whole, windows)
+    mixed = evaluation.summarise(scores, samples, temperature)
     # A blend of logits, and the gate's look at both predictions, would need both models at once.
     return metrics | {"held_out": mixed["held_out"] | {"blend_logits": None, "blend_auto": None}, "chosen": mixed["chosen"]}
 
@@ -78,15 +72,14 @@ def measure(given, name, run):
 
 def main():
     given = common.arguments(__doc__.split("\n")[0])
-    for name, changed in FACTORS.items():
-        measure(given, name, lambda changed=changed: common.train(given, "factors", HELD_ROWS, **DEFAULT | changed))
     with replaced(script, "get_cosine_schedule_with_warmup", lambda optimizer, warm, total:
                   get_constant_schedule_with_warmup(optimizer, warm)):
         measure(given, "constant rate", lambda: common.train(given, "factor_constant", HELD_ROWS, **DEFAULT))
     with replaced(script, "find_neighbours", find_neighbours_and_self):
         measure(given, "own example among neighbours", lambda: common.train(given, "factor_own", HELD_ROWS, **DEFAULT))
-    common.train(given, "factors", HELD_ROWS, **DEFAULT)  # the whole base's own memory again, to compare with
     measure(given, "tap after layer 4 of 5", lambda: inner_tap(given))
+    for name, changed in FACTORS.items():
+        measure(given, name, lambda changed=changed: common.train(given, "factors", HELD_ROWS, **DEFAULT | changed))
 
 
 if __name__ == "__main__":

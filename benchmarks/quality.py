@@ -1,6 +1,7 @@
 """The whole comparison: base, retrieval, kNN-LM, LoRA, full tuning, the original's recipe, the memory and its blends.
 
     python benchmarks/quality.py --data DATA                  # three seeds; results/quality.json
+    python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
 
 Same base, same training rows, same held-out rows (even ones choose, odd ones report); LoRA and full tuning get the seconds
@@ -21,6 +22,7 @@ from datastore import BaseLM, Datastore, Template, Window, windows_of
 from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
+MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 300, 700), 60
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
@@ -151,6 +153,23 @@ def slow_rivals(given, base, texts, held_texts):
                                                 "seconds": original["seconds"]["decoder"]}}
 
 
+def more_rates(given, name, lr):
+    """Seed 0 at a rate beyond the two tried, and as a control for what mixing alone gives, mixed with the base."""
+    base, first = BaseLM.load(given.base_model), recorded("quality")["0"]
+    rows, held_rows = script.split_rows(options_of(given, 0), TEMPLATE)
+    windows, held = (windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"])
+                     for part in (rows, held_rows))
+    off, example = off_domain_windows(given, base), baselines.entries_of(held).example
+    tuned, steps, _ = tune(base, windows, first["budget"], lr, name == "LoRA")
+    legal, elsewhere = (evaluation.mix_probabilities(log_probabilities(base, part), log_probabilities(tuned, part))
+                        for part in (held, off))
+    best = int(np.argmin(evaluation.perplexities(legal[example % 2 == 0])))
+    return {"choose": evaluation.perplexity(legal[example % 2 == 0, -1]), "legal": perplexity_of_odd(legal[:, -1], example),
+            "off_domain": evaluation.perplexity(elsewhere[:, -1]), "steps": steps, "mixed_alpha": float(evaluation.ALPHAS[best]),
+            "mixed_legal": perplexity_of_odd(legal[:, best], example),
+            "mixed_off_domain": evaluation.perplexity(elsewhere[:, best]), "commit": common.COMMIT}
+
+
 def curve(given, rows):
     """Memory, kNN-LM and LoRA after so many rows; everyone gets the seconds that the memory took."""
     folder = f"curve_{rows}"
@@ -168,13 +187,17 @@ def curve(given, rows):
             "LoRA": lora, "lora_steps": steps, "commit": common.COMMIT}
 
 
+PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
+         "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
+         "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
+
+
 def main():
     given = common.arguments(__doc__.split("\n")[0], part="compare")
-    keys, one = (("0", "1", "2"), compare) if given.part == "compare" else (map(str, ROWS), curve)
-    name = "quality" if given.part == "compare" else "curve"
-    for key in keys:
+    name, jobs = PARTS[given.part]
+    for key, (job, *values) in jobs.items():
         if key not in recorded(name):
-            record(name, key, one(given, int(key)))
+            record(name, key, job(given, *values))
 
 
 if __name__ == "__main__":
