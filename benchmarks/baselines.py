@@ -17,10 +17,10 @@ CHUNK, STRIDE = 128, 64  # tokens of a retrieved passage, and of text predicted 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
+def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
     """A copy of the base fitted to the windows' tokens for so many seconds; the rate falls to 0 on a cosine of time.
 
-    AdamW, bfloat16 where the memory's training would use it. lora: adapters of rank 16 on every linear layer, else all weights.
+    most: end after so many steps instead, however long they take. AdamW, bfloat16 where the memory's training would use it. lora: adapters of rank 16 on every linear layer, else all weights.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base.model).requires_grad_(not lora)
@@ -32,7 +32,7 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
     model.train()
     while True:
         for numbers in script.epoch_batches(lengths, batch_size, seed, epoch):
-            share = (time.monotonic() - began) / seconds
+            share = steps / most if most else (time.monotonic() - began) / seconds
             if share >= 1:
                 return wrap(base, model.merge_and_unload() if lora else model, lora, parameters), steps, epoch
             optimizer.param_groups[0]["lr"] = lr * min(1, steps / 10) * (1 + np.cos(np.pi * share)) / 2

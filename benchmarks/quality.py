@@ -24,7 +24,7 @@ from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
-ROWS, HELD_CURVE = (100, 300, 700), 60
+ROWS, HELD_CURVE = (100, 700, 300), 60
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 
@@ -160,7 +160,7 @@ def more_rates(given, name, lr):
     windows, held = (windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"])
                      for part in (rows, held_rows))
     off, example = off_domain_windows(given, base), baselines.entries_of(held).example
-    tuned, steps, _ = tune(base, windows, first["budget"], lr, name == "LoRA")
+    tuned, steps, _ = tune(base, windows, None, lr, name == "LoRA", most=first[name]["steps"])
     legal, elsewhere = (evaluation.mix_probabilities(log_probabilities(base, part), log_probabilities(tuned, part))
                         for part in (held, off))
     best = int(np.argmin(evaluation.perplexities(legal[example % 2 == 0])))
