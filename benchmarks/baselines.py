@@ -20,7 +20,8 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
     """A copy of the base fitted to the windows' tokens for so many seconds; the rate falls to 0 on a cosine of time.
 
-    most: end after so many steps instead, however long they take. AdamW, bfloat16 where the memory's training would use it. lora: adapters of rank 16 on every linear layer, else all weights.
+    most: end after so many steps instead, however long they take. lora: adapters of rank 16 on every linear layer, else all
+    weights. AdamW, bfloat16 where the memory's training would use it.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base.model).requires_grad_(not lora)
