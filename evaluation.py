@@ -47,13 +47,13 @@ def sample_windows(base, length, seed=0):
 def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None):
     """Log probability of the next token at every position of the windows, under everything that is compared.
 
-    Returns a dict of float32 arrays: base (P,), memory (P,), blend_logits (P, A), opinions (P, 5), with a store knn (P, S);
-    and of int32: example (P,), position (P,).
+    Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store also knn (P, S) and blend_logits
+    (P, A); and of int32: example (P,), position (P,).
     """
     values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
     rows, cached = (max(1, most // base.vocabulary) for most in (LOGITS_AT_ONCE // 4, LOGITS_IN_CACHE))
-    parts = {"base": [], "memory": [], "blend_logits": [], "opinions": []} | ({"knn": []} if store else {})
+    parts = {name: [] for name in ("base", "memory", "opinions", *(("knn", "blend_logits") if store else ()))}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
             counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
@@ -70,9 +70,10 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                 for z, m, token in zip(*blocks, strict=True):
                     found = {"base": torch.log_softmax(z, -1).gather(1, token)[:, 0],
                              "memory": torch.log_softmax(m, -1).gather(1, token)[:, 0],
-                             "blend_logits": torch.cat([torch.log_softmax(blend(z, m, float(a)), -1).gather(1, token)
-                                                        for a in ALPHAS], 1),
                              "opinions": opinions(z, m)}
+                    if store:
+                        columns = [torch.log_softmax(blend(z, m, float(a)), -1).gather(1, token) for a in ALPHAS]
+                        found["blend_logits"] = torch.cat(columns, 1)
                     for name, array in found.items():
                         parts[name].append(array.cpu().numpy())
             bar.update(len(hidden))

@@ -95,10 +95,10 @@ def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_stor
     np.testing.assert_allclose(scores["opinions"], slow["opinions"], atol=2e-3, rtol=2e-3)
 
 
-def test_scores_without_a_datastore_are_the_same_but_for_knn(base, decoder, held_windows, keys_and_store):
+def test_scores_without_a_datastore_are_the_same_but_for_knn_and_blends(base, decoder, held_windows, keys_and_store):
     whole = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE)
     without = score_positions(base, decoder, held_windows, 3)
-    assert whole.keys() - without.keys() == {"knn"}
+    assert whole.keys() - without.keys() == {"knn", "blend_logits"}
     assert all(np.array_equal(without[name], whole[name]) for name in without)
 
 
