@@ -1,6 +1,7 @@
 """The whole comparison: base, retrieval, kNN-LM, LoRA, full tuning, the original's recipe, the memory and its blends.
 
     python benchmarks/quality.py --data DATA                  # three seeds; results/quality.json
+    python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
 
@@ -34,10 +35,13 @@ def options_of(given, seed, held_rows=200, **changed):
                           seed=seed, **SETTINGS | changed)
 
 
-def off_domain_windows(given, base):
-    """WikiText-2 in pieces of as many tokens as a window, each a text of its own; <unk> is the unknown token."""
+def off_domain_windows(given, base, start=0):
+    """WikiText-2 in pieces of as many tokens as a window, each a text of its own; <unk> is the unknown token.
+
+    start: characters passed over.
+    """
     text = (given.data / "off_domain/wikitext2_valid.txt").read_text(encoding="utf-8")
-    ids = base.tokenizer(text[:400_000], add_special_tokens=False).input_ids
+    ids = base.tokenizer(text[start:start + 400_000], add_special_tokens=False).input_ids
     width = SETTINGS["max_length"] - 1
     pieces = [ids[i:i + width] for i in range(0, len(ids) - width, width)][:OFF_DOMAIN_TEXTS]
     return [Window(number, [base.bos, *piece], 0, 0) for number, piece in enumerate(pieces)]
@@ -142,6 +146,12 @@ def compare(given, seed):
     return result | (slow_rivals(given, base, texts, held_texts) if seed == 0 else {})
 
 
+def untouched(given, seed):
+    """Off-domain figures of a finished seed on WikiText that lies behind what the gate's design was tried on."""
+    base = BaseLM.load(given.base_model)
+    return memory_off_domain(given, f"memory_{seed}", base, off_domain_windows(given, base, 400_000))
+
+
 def slow_rivals(given, base, texts, held_texts):
     """Retrieval and the original's recipe: far from the rest, so one seed is enough."""
     found, example = in_context(base, baselines.Retriever(base, texts), held_texts, TEMPLATE,
@@ -188,6 +198,7 @@ def curve(given, rows):
 
 
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
+         "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
 
