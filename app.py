@@ -224,18 +224,19 @@ def build_page(chat, rule, temperature):
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
                                info="with a number here, change rule or alpha and retry the answer to see what the memory does"),
                 ]
-                tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
-                                            color_map={}, show_legend=False, elem_id="tokens")
-                alphas = gr.HighlightedText(label="alpha of each token: the redder, the more the memory decided", color_map={},
-                                            show_legend=False, elem_id="alphas")
                 gr.Markdown("**Passages its memories come from** (nearest entries of the answer's last positions)")
                 passages = gr.HTML(elem_id="passages")
+        shown = {"color_map": {}, "show_legend": False, "render": False}  # below the chat, which has to know them first
+        tokens = gr.HighlightedText(label="What the memory changed: red tokens it made more probable, blue ones less",
+                                    elem_id="tokens", **shown)
+        alphas = gr.HighlightedText(label="alpha of each token: the redder, the more the memory decided", elem_id="alphas", **shown)
         with left:
             gr.ChatInterface(
                 chat.answer, chatbot=gr.Chatbot(height=560, label="chat", buttons=["copy", "copy_all"], elem_id="chat"),
                 additional_inputs=inputs, additional_outputs=[tokens, alphas, passages], editable=True,
                 examples=[[q] for q in QUESTIONS],
                 run_examples_on_click=True, cache_examples=False, concurrency_limit=1, api_name="chat")
+            tokens.render(), alphas.render()
     return page
 
 

@@ -95,6 +95,14 @@ def test_an_answer_grows_and_passages_appear(visit):
     assert 1 <= len(passages) <= 3 and all("Title: " in passage for passage in passages)
 
 
+def test_auto_shows_each_tokens_alpha(visit):
+    page = visit()
+    page.locator("#rule").get_by_text("auto", exact=True).click()
+    answer = ask(page)[0][-1]
+    shown = page.locator("#alphas").inner_text().removeprefix("alpha of each token: the redder, the more the memory decided")
+    assert "".join(answer.split()) and "".join(shown.split()) == "".join(answer.split())
+
+
 def test_moving_alpha_to_the_other_end_changes_the_answer(visit):
     first = visit()
     start = float(number(first, "alpha").input_value())
