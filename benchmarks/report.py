@@ -28,10 +28,12 @@ def plot_comparison():
         x, y = (sum(values) / len(values) for values in points)
         errors = [[[mean - min(values)], [max(values) - mean]] for mean, values in zip((x, y), points, strict=True)]
         axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], marker="o", capsize=3)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5))
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -13 if key == "blend_probabilities" else 5))
     axes.set(xlabel="perplexity on held-out legal text (lower is better)", ylabel="perplexity on WikiText-2 (lower is better)",
              title="What each way of adapting gains, and what it costs elsewhere", yscale="log")
     axes.margins(x=0.2)
+    axes.set_yticks([90, 120, 150, 200], ["90", "120", "150", "200"])
+    axes.minorticks_off()
     figure.savefig(RESULTS / "comparison.png", dpi=120)
 
 
