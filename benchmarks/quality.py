@@ -25,7 +25,7 @@ from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
-ROWS, HELD_CURVE = (100, 700, 300), 60
+ROWS, HELD_CURVE = (100, 700), 60
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 

@@ -60,7 +60,7 @@ def main():
     known = {run for text in texts for run in runs_of(base.encode(text), COPIED)}
     decoder = MemoryDecoder.load(folder / "memory_decoder.pt")
     windows = windows_of(base, texts, TEMPLATE, SETTINGS["max_length"])
-    lora, *_ = tune(base, windows, headline["budget"], headline["LoRA"]["lr"], lora=True)
+    lora, *_ = tune(base, windows, None, headline["LoRA"]["lr"], lora=True, most=headline["LoRA"]["steps"])
     chosen = headline["chosen"]
     memory = MemoryAugmentedLM(base, decoder, TEMPLATE.header, Gate(**chosen["gate"]))
     models = {"base": (memory, 0, "probabilities"), "LoRA": (MemoryAugmentedLM(lora, decoder, TEMPLATE.header), 0, "probabilities"),
