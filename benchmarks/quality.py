@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --data DATA                  # three seeds; results/quality.json
     python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
+    python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
 
@@ -152,6 +153,23 @@ def untouched(given, seed):
     return memory_off_domain(given, f"memory_{seed}", base, off_domain_windows(given, base, 400_000))
 
 
+def knn_at(given, seed, k=1024):
+    """kNN-LM of a finished seed at another K; temperature and lambda chosen as script 1 chooses them."""
+    base, path = BaseLM.load(given.base_model), given.work / f"memory_{seed}"
+    temperature = float(common.json.loads((path / "metrics.json").read_text())["training_knn_temperature"])
+    held = windows_of(base, texts_of(given, "validation", 200), TEMPLATE, SETTINGS["max_length"])
+    entries, store, found = baselines.entries_of(held), Datastore.open(path), []
+    for first, hidden in baselines.hidden_batches(base, held, 16):
+        start = entries.offsets[first]
+        found.append(evaluation.knn_log_probabilities(store, hidden, entries.values[start:start + len(hidden)], k, temperature))
+    own, knn, even = log_probabilities(base, held), np.concatenate(found), entries.example % 2 == 0
+    tables = [evaluation.mix_probabilities(own, column) for column in knn.T]
+    s, lam = min(((s, lam) for s in range(len(tables)) for lam in range(len(evaluation.ALPHAS))),
+                 key=lambda at: evaluation.perplexity(tables[at[0]][even, at[1]]))
+    return {"legal": perplexity_of_odd(tables[s][:, lam], entries.example), "k": k, "lambda": float(evaluation.ALPHAS[lam]),
+            "temperature": temperature * evaluation.TEMPERATURES[s], "commit": common.COMMIT}
+
+
 def slow_rivals(given, base, texts, held_texts):
     """Retrieval and the original's recipe: far from the rest, so one seed is enough."""
     found, example = in_context(base, baselines.Retriever(base, texts), held_texts, TEMPLATE,
@@ -198,6 +216,7 @@ def curve(given, rows):
 
 
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
+         "knn": ("knn", {str(seed): (knn_at, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}

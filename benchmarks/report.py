@@ -37,13 +37,19 @@ def plot_comparison():
     figure.savefig(RESULTS / "comparison.png", dpi=120)
 
 
+def curve_runs():
+    """Runs of the learning curve by their number of rows; the factors' default has the same held-out rows and settings."""
+    return {int(rows): run for rows, run in recorded("curve").items()} | {150: recorded("factors")["default"] | {"epochs": 3}}
+
+
 def plot_curve():
-    runs = {int(rows): run for rows, run in recorded("curve").items()}
+    runs = curve_runs()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = sorted(runs)
     for key in ("base", "knn_lm", "memory", "blend_probabilities", "blend_auto"):
         axes.plot(rows, [runs[n]["held_out"][key] for n in rows], marker="o", label=NAMES[key])
-    axes.plot(rows, [runs[n]["LoRA"] for n in rows], marker="s", linestyle="--", label="LoRA, same seconds")
+    tuned = [n for n in rows if "LoRA" in runs[n]]
+    axes.plot(tuned, [runs[n]["LoRA"] for n in tuned], marker="s", linestyle="--", label="LoRA, same seconds")
     axes.set(xlabel="training rows", ylabel="held-out legal perplexity", xscale="log", title="Learning curve")
     axes.set_xticks(rows, [str(n) for n in rows])
     axes.minorticks_off()
@@ -60,7 +66,8 @@ def plot_factors():
         axes.plot([results[name]["held_out"][key] for name in names], names, marker, label=NAMES[key])
         axes.axvline(default[key], color="gray", linewidth=0.8, linestyle=":" if key == "memory" else "--")
     axes.axvline(default["knn_lm"], color="tab:red", linewidth=0.8, label="kNN-LM")
-    axes.set(xlabel="held-out legal perplexity", title="One factor at a time", xscale="log")
+    axes.set(xlabel="held-out legal perplexity; what is further right is not shown", title="One factor at a time",
+             xlim=(0.95 * default["blend_probabilities"], 1.7 * default["memory"]))
     axes.legend()
     figure.savefig(RESULTS / "factors.png", dpi=120)
 
@@ -131,10 +138,11 @@ def curve():
     names = ("base", "knn_lm", "memory", "blend_probabilities", "blend_auto")
     lines = ["| rows | entries | passes | seconds | " + " | ".join(NAMES[name] for name in names) + " | LoRA |",
              "|---:" * (5 + len(names)) + "|"]
-    for rows, run in sorted(recorded("curve").items(), key=lambda item: int(item[0])):
+    for rows, run in sorted(curve_runs().items()):
         seconds = sum(run["seconds"][stage] for stage in ("datastore", "index", "neighbours", "decoder"))
         cells = " | ".join(f"{run['held_out'][name]:.1f}" for name in names)
-        lines.append(f"| {rows} | {run['entries']:,} | {run['epochs']} | {seconds:.0f} | {cells} | {run['LoRA']:.1f} |")
+        lora = f"{run['LoRA']:.1f}" if "LoRA" in run else ""
+        lines.append(f"| {rows} | {run['entries']:,} | {run['epochs']} | {seconds:.0f} | {cells} | {lora} |")
     return "\n".join(lines)
 
 
