@@ -101,7 +101,9 @@ def comparison():
                         ("original's recipe, best alpha, seed 0", first["original"]["blend_logits"]),
                         ("original's recipe, its alpha 0.5, seed 0", first["original"]["at_half"])):
         lines.append(f"| {name} | {value:.2f} | | | | |")
-    line("kNN-LM", lambda r: r["held_out"]["knn_lm"], lambda r: r["off_domain"]["knn_lm"], search,
+    larger = [run["legal"] for run in recorded("knn").values()]
+    lines.append(f"| kNN-LM, K 1024 | {spread(larger)} | | | | |")
+    line("kNN-LM, K 32", lambda r: r["held_out"]["knn_lm"], lambda r: r["off_domain"]["knn_lm"], search,
          lambda r: r["seconds_a_token"]["knn_lm"], lambda r: r["bytes"]["knn_lm"])
     for name in ("LoRA", "fully tuned"):
         line(name, lambda r, n=name: r[n]["legal"], lambda r, n=name: r[n]["off_domain"], lambda r, n=name: r[n]["seconds"],
