@@ -9,7 +9,7 @@ from common import RESULTS, recorded
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {"base": "base alone", "knn_lm": "kNN-LM", "LoRA": "LoRA", "fully tuned": "fully tuned", "memory": "memory alone",
+NAMES = {"base": "base alone", "knn_lm": "kNN-LM, K 32", "LoRA": "LoRA", "fully tuned": "fully tuned", "memory": "memory alone",
          "blend_logits": "blend of logits", "blend_probabilities": "blend of probabilities", "blend_auto": "automatic alpha"}
 
 
