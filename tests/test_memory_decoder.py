@@ -101,11 +101,20 @@ def test_merging_votes_keeps_the_distribution_and_every_token_once():
         assert len(set(row[w > 0].tolist())) == int((w > 0).sum())
 
 
+WAYS = [{"NEAR": 0, "SCORES_AT_ONCE": 0}, {"NEAR": 0, "SCORES_AT_ONCE": 2**25}, {"NEAR": 128}]  # fused, written out, shifted
+
+
+def take(way, monkeypatch):
+    """Make attention go one of the WAYS, whatever its size."""
+    for name, value in way.items():
+        monkeypatch.setattr(memory_decoder, name, value)
+
+
 @pytest.mark.parametrize("context", [1, 3, 100])
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("most", [0, 2**25], ids=["fused", "written out"])
-def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context, norm_first, most):
-    monkeypatch.setattr(memory_decoder, "SCORES_AT_ONCE", most)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context, norm_first, way):
+    take(way, monkeypatch)
     decoder, hidden = make_decoder(context=context, norm_first=norm_first), torch.randn(1, 20, 32)
     cache = DecoderCache()
     pieces = [decoder(hidden[:, :7], cache), *(decoder(hidden[:, i:i + 1], cache) for i in range(7, 20))]
@@ -113,13 +122,14 @@ def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context,
 
 
 @pytest.mark.parametrize("context", [1, 5, 99])
-def test_attention_written_out_equals_the_fused_one(monkeypatch, context):
+def test_attention_is_the_same_in_whichever_way_it_is_worked_out(monkeypatch, context):
     decoder, hidden, given = make_decoder(context=context), torch.randn(3, 20, 32), []
-    for most in (0, 2**25):
-        monkeypatch.setattr(memory_decoder, "SCORES_AT_ONCE", most)
+    for way in WAYS:
+        take(way, monkeypatch)
         logits = decoder(hidden)
         given.append((logits, *torch.autograd.grad(logits.square().mean(), list(decoder.parameters()), allow_unused=True)))
-    torch.testing.assert_close(*given)
+    torch.testing.assert_close(given[0], given[1])
+    torch.testing.assert_close(given[0], given[2])
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
