@@ -1,6 +1,7 @@
 """The whole comparison: base, retrieval, kNN-LM, LoRA, full tuning, the original's recipe, the memory and its blends.
 
     python benchmarks/quality.py --data DATA                  # three seeds; results/quality.json
+    python benchmarks/quality.py --data DATA --part rivals    # retrieval and the original's recipe; results/rivals.json
     python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
@@ -144,7 +145,7 @@ def compare(given, seed):
     first = recorded("quality").get("0", {})
     rates = {name: (first[name]["lr"],) if name in first else tried for name, tried in RATES.items()}
     result |= tuned_results(base, windows, held, off, seconds, seed, rates)
-    return result | (slow_rivals(given, base, texts, held_texts) if seed == 0 else {})
+    return result
 
 
 def untouched(given, seed):
@@ -170,13 +171,15 @@ def knn_at(given, seed, k=1024):
             "temperature": temperature * evaluation.TEMPERATURES[s], "commit": common.COMMIT}
 
 
-def slow_rivals(given, base, texts, held_texts):
-    """Retrieval and the original's recipe: far from the rest, so one seed is enough."""
+def rivals(given, seed):
+    """Retrieval into the prompt, and the original's recipe, on the rows of a seed."""
+    base = BaseLM.load(given.base_model)
+    texts, held_texts = ([TEMPLATE.render(row) for row in part] for part in script.split_rows(options_of(given, seed), TEMPLATE))
     found, example = in_context(base, baselines.Retriever(base, texts), held_texts, TEMPLATE,
                                 SETTINGS["max_length"] + baselines.CHUNK)
-    original = common.train(given, "original", **{**SETTINGS, **script.ORIGINAL})
+    original = common.train(given, f"original_{seed}", seed=seed, **{**SETTINGS, **script.ORIGINAL})
     half = original["alpha_sweep"]["alpha"].index(0.5)
-    return {"retrieval": perplexity_of_odd(found, example),
+    return {"retrieval": perplexity_of_odd(found, example), "commit": common.COMMIT,
             "original": original["held_out"] | {"at_half": original["alpha_sweep"]["logits"][half],
                                                 "seconds": original["seconds"]["decoder"]}}
 
@@ -216,6 +219,7 @@ def curve(given, rows):
 
 
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
+         "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
          "knn": ("knn", {str(seed): (knn_at, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
