@@ -25,21 +25,6 @@ NEW = [  # in no row of the file, but on topics that rows are about
     "Who gets my house if I die without a will and have no children?",
 ]
 
-REWORDED = [  # what rows of the file ask or answer, in other words
-    "I just got PCS orders. Can I get out of my apartment lease?",
-    "Is there an income limit for filing Chapter 7 bankruptcy?",
-    "I want a divorce but my wife will not sign the papers. Can she stop me?",
-    "I was arrested and they never read me my rights. Will my case be dismissed?",
-    "Are short movie clips always legal in my videos?",
-    "Will a small claims judge look at my text messages?",
-    "I was fired after six years with no reason. Don't they have to give me a reason?",
-    "Can my landlord keep my security deposit for normal wear and tear?",
-    "Do I have to serve as executor if a friend named me in his will?",
-    "What happens if I miss my court date for a traffic ticket?",
-    "Can the police search my car without a warrant?",
-    "I ordered a chair online two months ago and it never shipped. What are my rights?",
-]
-
 
 def stored_questions(store):
     """The shortest question of a remembered text in each of the areas, as (area, question)."""
@@ -51,12 +36,27 @@ def stored_questions(store):
 
 
 def recalled(chat, settings, alpha, most=40):
-    """(how many, of how many) remembered questions get an answer that begins with the twelve words stored with them."""
+    """(how many, of how many) remembered questions get an answer that begins with the 24 words stored with them."""
     texts = chat.store.texts[::len(chat.store.texts) // most][:most]
     pairs = [text.removeprefix(chat.template.header).split("\nAnswer:") for text in texts]
-    answers = [list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 50}))[-1][0] for question, _ in pairs]
-    same = [stored.split()[:12] == answer.split()[:12] for (_, stored), answer in zip(pairs, answers, strict=True)]
+    answers = [list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 70}))[-1][0] for question, _ in pairs]
+    same = [stored.split()[:24] == answer.split()[:24] for (_, stored), answer in zip(pairs, answers, strict=True)]
     return sum(same), len(same)
+
+
+def unseen(chat, settings, alpha):
+    """Ask what no row asks, and print each answer's beginning; {set: (right topic, right area, questions)}.
+
+    Every stored answer names its area and topic first, so an answer's own first words say where it comes from.
+    """
+    counts = {}
+    for line in (Path(__file__).parent / "unseen_questions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        answer = cell(list(chat.answer(row["Question"], [], alpha, **{**settings, "max_new_tokens": 60}))[-1][0])
+        found = [answer.startswith(row["Title"] + "."), answer.startswith(row["Title"].partition(":")[0] + ":"), True]
+        counts[row["Set"]] = [n + hit for n, hit in zip(counts.get(row["Set"], [0, 0, 0]), found, strict=True)]
+        print(f"- **{row['Question']}** ({row['Title']}) {answer}", flush=True)
+    return counts
 
 
 def cell(answer):
@@ -84,10 +84,9 @@ def main():
         print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
     name, alpha, rule = middle
     settings |= {"rule": rule}
-    print(f"In other words, {name}:\n")
-    for question in REWORDED:
-        answer = list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 60}))[-1][0]
-        print(f"- **{question}** {cell(answer)}")
+    print(f"Asked by no row, {name}:\n")
+    for which, (topic, area, asked) in unseen(chat, settings, alpha).items():
+        print(f"\n{which}: {topic} of {asked} from the right topic, {area} from the right area.")
     print("\nRecalled, {}: {} of {} questions from the file.".format(name, *recalled(chat, settings, alpha)))
 
 

@@ -39,6 +39,11 @@ def test_the_areas_are_many_and_of_like_size():
     assert len(areas) >= 12 and max(areas.values()) <= 2 * min(areas.values())
 
 
+def test_every_answer_names_its_topic_first():
+    for row in ROWS:
+        assert row["Answer"].startswith(row["Title"] + ". "), row["Answer"]
+
+
 def test_questions_and_answers_have_the_agreed_lengths():
     for row in ROWS:
         assert 5 <= len(row["Question"].split()) <= 100, row["Question"]
