@@ -21,7 +21,7 @@ from datastore import UserError, shared_prefix
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
-NEAR = 16  # states that attention reaches back up to which it is worked out without T x T scores
+NEAR = 16  # the longest context for which attention makes no T x S scores
 RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
 

@@ -144,8 +144,7 @@ def compare(given, seed):
               "seconds_a_token": seconds_a_token(given, folder, base)}
     first = recorded("quality").get("0", {})
     rates = {name: (first[name]["lr"],) if name in first else tried for name, tried in RATES.items()}
-    result |= tuned_results(base, windows, held, off, seconds, seed, rates)
-    return result
+    return result | tuned_results(base, windows, held, off, seconds, seed, rates)
 
 
 def untouched(given, seed):
