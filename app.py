@@ -217,7 +217,7 @@ def build_page(chat, rule, temperature):
                     share,
                     slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
-                    slider("max_new_tokens", 200, 1, "max new tokens", "longest answer"),
+                    slider("max_new_tokens", 256, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
                     blending,
                     # Text, since an empty gr.Number arrives as 0.

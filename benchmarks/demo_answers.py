@@ -16,7 +16,7 @@ import app
 from memory_decoder import AUTO, RULES, read_manifest
 
 SEED = 0
-SETTINGS = {"top_k": 50, "max_new_tokens": 200, "k": 8, "seed": SEED}
+SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
 AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
          "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
 NEW = [  # in no row of the file, but on topics that rows are about

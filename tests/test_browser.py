@@ -84,7 +84,7 @@ def test_the_page_offers_every_control_at_its_default(visit):
     sliders = ("alpha", "temperature", "top_k", "max_new_tokens", "k")
     values = {name: float(number(page, name).input_value()) for name in sliders}
     assert 0 <= values.pop("alpha") <= 1
-    assert values == {"temperature": 0.7, "top_k": 50, "max_new_tokens": 200, "k": 8}
+    assert values == {"temperature": 0.7, "top_k": 50, "max_new_tokens": 256, "k": 8}
     assert page.locator("#rule input[type=radio]").count() == 3
 
 
