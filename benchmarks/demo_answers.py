@@ -19,11 +19,8 @@ SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
 AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
          "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
-NEW = [  # in no row of the file, but on topics that rows are about
-    "My landlord says the scratches on the floor were there because of my dog and took the whole deposit. Is that allowed?",
-    "How long do I have to tell a debt collector that I do not owe the money?",
-    "Who gets my house if I die without a will and have no children?",
-]
+UNSEEN = [json.loads(line) for line in (Path(__file__).parent / "unseen_questions.jsonl").read_text(encoding="utf-8").splitlines()]
+SHOWN = 3  # of the unseen questions, beside the stored ones
 
 
 def stored_questions(store):
@@ -50,8 +47,7 @@ def unseen(chat, settings, alpha):
     Every stored answer names its area and topic first, so an answer's own first words say where it comes from.
     """
     counts = {}
-    for line in (Path(__file__).parent / "unseen_questions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in UNSEEN:
         answer = cell(list(chat.answer(row["Question"], [], alpha, **{**settings, "max_new_tokens": 60}))[-1][0])
         found = [answer.startswith(row["Title"] + "."), answer.startswith(row["Title"].partition(":")[0] + ":"), True]
         counts[row["Set"]] = [n + hit for n, hit in zip(counts.get(row["Set"], [0, 0, 0]), found, strict=True)]
@@ -76,7 +72,7 @@ def main():
         alpha = chat.chosen[f"alpha_{options.rule}"]
         middle = (f"alpha {alpha:g}", alpha, options.rule)
     columns = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])]
-    asked = [*stored_questions(chat.store), *(("not in the file", question) for question in NEW)]
+    asked = [*stored_questions(chat.store), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
     for number, (origin, question) in enumerate(asked, 1):
         print(f"**{number}. {question}** ({origin})\n")
         print("| " + " | ".join(name for name, *_ in columns) + " |\n|" + "---|" * len(columns))

@@ -74,6 +74,8 @@ def plot_factors():
 
 def spread(values, digits=2):
     """Mean and range, as Markdown shows them."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (one seed)"
     low, high, mean = min(values), max(values), sum(values) / len(values)
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
