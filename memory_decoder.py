@@ -21,7 +21,7 @@ from datastore import UserError, shared_prefix
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
-NEAR = 16  # the longest context for which attention makes no T x S scores
+LEAST_BLOCK = 16  # positions in a block of attention, however short the context
 RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
 
@@ -42,20 +42,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        if self.context <= NEAR:
-            return self.out(attend_near(q, k, v, self.context).transpose(1, 2).reshape(B, T, C))
-        S = k.shape[2]
-        ago = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
-        seen = (ago >= 0) & (ago < self.context)  # (T, S)
-        if x.device.type == "cpu" and B * self.heads * T * S <= SCORES_AT_ONCE:
-            # For heads as narrow as these, PyTorch's fused attention takes twice as long on a CPU.
-            bias = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~seen, -math.inf)
-            y = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + bias, dim=-1) @ v
-        elif S == T and self.context >= T:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(local_attention(q, k, v, self.context).transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x, cache=None):
         if self.norm_first:
@@ -65,18 +52,36 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-def attend_near(q, k, v, context):
-    """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D); returns q's shape.
+def local_attention(q, k, v, context):
+    """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D), themselves included.
 
-    A few products of whole sequences, each with itself shifted by one position more, in place of T x S scores.
+    Query t stands at position S - T + t; returns q's shape. A long sequence is cut into blocks, each of which looks at
+    itself and the block before, so scores grow with T and not with T x S. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1.
     """
-    T, missing = q.shape[2], q.shape[2] + context - 1 - k.shape[2]  # positions there are none of before the first key
-    k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
-    shifts = range(context)  # query t sees what lies at t + shift in the padded sequence
-    scores = torch.stack([(q * k[:, :, shift:shift + T]).sum(-1) for shift in shifts], -1) * q.shape[-1] ** -0.5
-    absent = torch.arange(T, device=q.device)[:, None] + torch.arange(context, device=q.device) < missing
-    weights = torch.softmax(scores.masked_fill(absent, -math.inf), -1)
-    return sum(weights[..., shift, None] * v[:, :, shift:shift + T] for shift in shifts)
+    B, heads, T, D = q.shape
+    before, size = k.shape[2] - T, max(context, LEAST_BLOCK)
+    count, absent = -(-T // size), 0  # absent: positions in front of the first block that hold no key
+    if count == 1:
+        q, k, v = (x.reshape(B * heads, 1, -1, D) for x in (q, k, v))
+    else:
+        absent, before, after = size - before, size, count * size - T
+        q = F.pad(q, (0, 0, 0, after)).reshape(B * heads, count, size, D)
+        k, v = (F.pad(x, (0, 0, absent, after)).reshape(B * heads, count + 1, size, D) for x in (k, v))
+        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2) for x in (k, v))
+    key = torch.arange(k.shape[2], device=q.device)
+    ago = before + torch.arange(q.shape[2], device=q.device)[:, None] - key
+    start = size * torch.arange(count, device=q.device)[:, None, None]
+    seen = (ago >= 0) & (ago < context) & (start + key >= absent)  # (count, queries of a block, keys)
+    return attend(q, k, v, seen).reshape(B, heads, -1, D)[:, :, :T]
+
+
+def attend(q, k, v, seen):
+    """Attention of queries (..., T, D) over keys and values (..., S, D) where seen (..., T, S) is true."""
+    if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= SCORES_AT_ONCE:
+        # For heads as narrow as these, PyTorch's fused attention takes twice as long on a CPU.
+        bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias, dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 class DecoderCache:

@@ -52,7 +52,7 @@ from datastore import (
     write_atomically,
     write_keys,
 )
-from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
+from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
@@ -263,7 +263,8 @@ def plan(options, base, windows, entries, stages, is_main=True):
     disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
     disk = max(0, disk - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
-    scores = min(SCORES_AT_ONCE, options.batch_size * 32 * options.max_length**2)  # of one layer; six are kept
+    reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
+    scores = min(SCORES_AT_ONCE, options.batch_size * 32 * options.max_length * reach)  # of one layer; six are kept
     memory = index + 20 * weights + 3 * 4 * LOGITS_AT_ONCE + 9 * 4 * scores
     seconds = estimate_seconds(options, base, windows, entries, weights)
     print(f"plan: {entries:,} entries of width {base.width}; index {factory}; disk {disk / 2**30:.2f} GiB of "
@@ -370,7 +371,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=0.01, fused=True)
     total = per_epoch * options.num_epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
     model, optimizer = accelerator.prepare(model, optimizer)

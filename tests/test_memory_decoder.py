@@ -15,6 +15,7 @@ from memory_decoder import (
     MemoryDecoder,
     VisibleText,
     blend,
+    local_attention,
     memory_loss,
     merge_votes,
     opinions,
@@ -101,7 +102,8 @@ def test_merging_votes_keeps_the_distribution_and_every_token_once():
         assert len(set(row[w > 0].tolist())) == int((w > 0).sum())
 
 
-WAYS = [{"NEAR": 0, "SCORES_AT_ONCE": 0}, {"NEAR": 0, "SCORES_AT_ONCE": 2**25}, {"NEAR": 128}]  # fused, written out, shifted
+# In one block or in several, fused or written out.
+WAYS = [{"LEAST_BLOCK": block, "SCORES_AT_ONCE": scores} for block in (4, 128) for scores in (0, 2**25)]
 
 
 def take(way, monkeypatch):
@@ -128,8 +130,22 @@ def test_attention_is_the_same_in_whichever_way_it_is_worked_out(monkeypatch, co
         take(way, monkeypatch)
         logits = decoder(hidden)
         given.append((logits, *torch.autograd.grad(logits.square().mean(), list(decoder.parameters()), allow_unused=True)))
-    torch.testing.assert_close(given[0], given[1])
-    torch.testing.assert_close(given[0], given[2])
+    for other in given[1:]:
+        torch.testing.assert_close(given[0], other)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("T", "S", "context"), [(1, 1, 3), (1, 3, 3), (9, 9, 1), (9, 9, 3), (8, 12, 5), (13, 13, 6), (5, 5, 40)])
+def test_attention_equals_a_loop_over_what_each_position_sees(monkeypatch, way, T, S, context):
+    take(way, monkeypatch)
+    q, k, v = torch.randn(2, 3, T, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8)
+    expected = torch.empty_like(q)
+    for t in range(T):
+        last = S - T + t + 1
+        near = slice(max(0, last - context), last)
+        scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, near]) / 8**0.5
+        expected[:, :, t] = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), v[:, :, near])
+    torch.testing.assert_close(local_attention(q, k, v, context), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
