@@ -486,7 +486,7 @@ def test_demo_sets_the_embedded_model_and_data():
     assert Path(options.base_model) == ROOT / "demo/base_model"
     assert Path(options.dataset) == ROOT / "demo/legal_qa.jsonl" and Path(options.dataset).exists()
     assert Path(options.output_dir) == ROOT / "demo/trained_models"
-    assert options.decoder_lr == Options.decoder_lr
+    assert options.k == Options.k
 
 
 @pytest.mark.parametrize("flags", [("--demo",), ("--original",), ("--demo", "--original")])
