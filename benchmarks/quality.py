@@ -6,6 +6,7 @@
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
+    python benchmarks/quality.py --data DATA --part all       # every row, with what the factors favour; results/all.json
 
 Same base, same training rows, same held-out rows (even ones choose, odd ones report); LoRA and full tuning get the seconds
 that the memory took, search included.
@@ -28,6 +29,7 @@ SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
+FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
 
@@ -153,9 +155,9 @@ def untouched(given, seed):
     return memory_off_domain(given, f"memory_{seed}", base, off_domain_windows(given, base, 400_000))
 
 
-def knn_at(given, seed, k=1024):
-    """kNN-LM of a finished seed at another K; temperature and lambda chosen as script 1 chooses them."""
-    base, path = BaseLM.load(given.base_model), given.work / f"memory_{seed}"
+def knn_at(given, folder, k=1024):
+    """kNN-LM of a finished run at another K; temperature and lambda chosen as script 1 chooses them."""
+    base, path = BaseLM.load(given.base_model), given.work / folder
     temperature = float(common.json.loads((path / "metrics.json").read_text())["training_knn_temperature"])
     held = windows_of(base, texts_of(given, "validation", 200), TEMPLATE, SETTINGS["max_length"])
     entries, store, found = baselines.entries_of(held), Datastore.open(path), []
@@ -217,9 +219,19 @@ def curve(given, rows):
             "LoRA": lora, "lora_steps": steps, "commit": common.COMMIT}
 
 
+def all_rows(given):
+    """Memory, blends and kNN-LM after every training row there is, with the settings that the factors favour."""
+    changed = {"max_examples": None} | FAVOURED
+    metrics, base = common.train(given, "all_rows", **SETTINGS | changed), BaseLM.load(given.base_model)
+    return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
+            "chosen": metrics["chosen"], "knn": {str(k): knn_at(given, "all_rows", k) for k in (32, 1024)},
+            "off_domain": memory_off_domain(given, "all_rows", base, off_domain_windows(given, base)), "commit": common.COMMIT}
+
+
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
-         "knn": ("knn", {str(seed): (knn_at, seed) for seed in range(3)}),
+         "all": ("all", {"0": (all_rows,)}),
+         "knn": ("knn", {str(seed): (knn_at, f"memory_{seed}") for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
