@@ -16,19 +16,21 @@ import time
 
 import baselines
 import common
+import faiss
 import numpy as np
 import torch
 from baselines import in_context, log_probabilities, texts_of, tune
 from common import TEMPLATE, record, recorded, script
 
 import evaluation
-from datastore import BaseLM, Datastore, Template, Window, windows_of
+from datastore import BaseLM, Datastore, Template, Window, find_neighbours, windows_of
 from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
+EPOCHS_ALL = 2
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
@@ -219,10 +221,19 @@ def curve(given, rows):
             "LoRA": lora, "lora_steps": steps, "commit": common.COMMIT}
 
 
+def find_quickly(store, *rest):
+    """find_neighbours looking into a quarter of the lists: what the memory learns from, not what kNN-LM is measured with."""
+    ivf = faiss.extract_index_ivf(store.index)
+    usual, ivf.nprobe = ivf.nprobe, max(8, ivf.nprobe // 4)
+    find_neighbours(store, *rest)
+    ivf.nprobe = usual
+
+
 def all_rows(given):
     """Memory, blends and kNN-LM after every training row there is, with the settings that the factors favour."""
-    changed = {"max_examples": None} | FAVOURED
-    metrics, base = common.train(given, "all_rows", **SETTINGS | changed), BaseLM.load(given.base_model)
+    with common.replaced(script, "find_neighbours", find_quickly):
+        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": EPOCHS_ALL})
+    base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
             "chosen": metrics["chosen"], "knn": {str(k): knn_at(given, "all_rows", k) for k in (32, 1024)},
             "off_domain": memory_off_domain(given, "all_rows", base, off_domain_windows(given, base)), "commit": common.COMMIT}
