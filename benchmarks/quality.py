@@ -30,7 +30,6 @@ SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
-EPOCHS_ALL = 2
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
@@ -232,7 +231,7 @@ def find_quickly(store, *rest):
 def all_rows(given):
     """Memory, blends and kNN-LM after every training row there is, with the settings that the factors favour."""
     with common.replaced(script, "find_neighbours", find_quickly):
-        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": EPOCHS_ALL})
+        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None})
     base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
             "chosen": metrics["chosen"], "knn": {str(k): knn_at(given, "all_rows", k) for k in (32, 1024)},
