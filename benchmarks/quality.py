@@ -231,7 +231,7 @@ def find_quickly(store, *rest):
 def all_rows(given):
     """Memory, blends and kNN-LM after every training row there is, with the settings that the factors favour."""
     with common.replaced(script, "find_neighbours", find_quickly):
-        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None})
+        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": 2})
     base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
             "chosen": metrics["chosen"], "knn": {str(k): knn_at(given, "all_rows", k) for k in (32, 1024)},
