@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +45,13 @@ class Block(nn.Module):
             k, v = cache.append(self, k, v)
         return self.out(local_attention(q, k, v, self.context).transpose(1, 2).reshape(B, T, C))
 
-    def forward(self, x, cache=None):
+    def forward(self, x, topic=0, cache=None):
+        """x (B, T, C); topic, added to what attention and MLP read, likewise or 0."""
         if self.norm_first:
-            x = x + self.dropout(self.attend(self.attention_norm(x), cache))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attend(x, cache)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            x = x + self.dropout(self.attend(self.attention_norm(x) + topic, cache))
+            return x + self.dropout(self.mlp(self.mlp_norm(x) + topic))
+        x = self.attention_norm(x + self.dropout(self.attend(x + topic, cache)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x + topic)))
 
 
 def local_attention(q, k, v, context):
@@ -85,10 +87,10 @@ def attend(q, k, v, seen):
 
 
 class DecoderCache:
-    """The last context-1 keys and values of every block, for decoding one position after another."""
+    """What decoding one position after another keeps: each block's last context-1 keys and values, the sum of all states."""
 
     def __init__(self):
-        self.stored = {}
+        self.stored, self.total, self.count = {}, 0, 0
 
     def append(self, block, k, v):
         """Keys and values (B, heads, S, C/heads) that the new positions may look at, themselves last."""
@@ -99,23 +101,87 @@ class DecoderCache:
         return k, v
 
 
+class Topic(nn.Module):
+    """Says what a text is about, from the mean of its hidden states so far: a fixed map fitted in closed form, then a learned one.
+
+    A network fitted word by word to a few hundred questions finds them again and no others; the mean of states, mapped to
+    where such texts go on, changes little when a question is put in other words. Mikolov and Zweig 2012 feed a recurrent
+    language model with a topic vector in this way.
+    """
+
+    WINDOW = 32  # states that a text needs to be fitted on
+    SPLITS = 4  # places at which each is parted
+
+    def __init__(self, hidden_size, rank, width):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(hidden_size))
+        self.register_buffer("map", torch.zeros(hidden_size, min(rank, hidden_size)))
+        self.out = nn.Linear(self.map.shape[1], width, bias=False)
+        nn.init.normal_(self.out.weight, std=self.map.shape[1] ** -0.5)
+
+    def forward(self, hidden, cache=None):
+        """(B, T, C) for hidden states (B, T, H) in float32, each seeing itself and those before."""
+        total, count = hidden.cumsum(1), torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+        if cache is not None:
+            total, count = total + cache.total, count + cache.count
+            cache.total, cache.count = total[:, -1:], cache.count + hidden.shape[1]
+        return self.out(F.normalize((total / count - self.centre) @ self.map, dim=-1) * self.map.shape[1] ** 0.5)
+
+    @torch.no_grad()
+    def fit(self, keys, offsets, seed=0):
+        """Fit the fixed map to the windows keys[offsets[i]:offsets[i + 1]] of hidden states (N, H).
+
+        Ridge regression of reduced rank (Izenman 1975) of the mean state of a window's rest on the mean state before it. The
+        first mean is whitened by the covariance of single states, since that is its noise, the second by its own.
+        """
+        rng = np.random.default_rng(seed)
+        first, rest = [], []
+        for start, end in pairwise(offsets):
+            if end - start >= self.WINDOW:
+                total = torch.from_numpy(keys[start:end].astype(np.float32)).cumsum(0)
+                for n in rng.integers(self.WINDOW // 4, (end - start) // 2 + 1, self.SPLITS):
+                    first.append(total[n - 1] / n), rest.append((total[-1] - total[n - 1]) / (end - start - n))
+        if not first:
+            return  # the map stays 0, and says nothing
+        first, rest = torch.stack(first), torch.stack(rest)
+        states = torch.from_numpy(keys[np.sort(rng.permutation(len(keys))[:20_000])].astype(np.float32))
+        centre, white = first.mean(0), whitening(states, 1e-3)
+        first, rest = (first - centre) @ white, (rest - rest.mean(0)) @ white
+        rest = rest @ whitening(rest, 0.03)
+        gram = first.T @ first
+        ridge = (gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram))
+        solved = torch.linalg.solve(gram + ridge, first.T @ rest)
+        _, axes = torch.linalg.eigh(solved.T @ gram @ solved)  # of what is predicted
+        self.centre.copy_(centre), self.map.copy_(white @ solved @ axes[:, -self.map.shape[1]:])
+
+
+def whitening(x, share):
+    """The map (H, H) that gives rows x (P, H) the identity as covariance, once `share` of its mean variance is added."""
+    covariance = torch.cov(x.T)
+    values, vectors = torch.linalg.eigh(covariance + (share * covariance.trace() / len(covariance) + 1e-12) * torch.eye(x.shape[1]))
+    return vectors * values**-0.5
+
+
 class MemoryDecoder(nn.Module):
     """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> output projection -> logits (B, T, V).
-    With context=1 every position is read alone, as in the original demo.
+    With context=1 every position is read alone, as in the original demo. topic: rank of the Topic that every layer also
+    reads; 0: none.
     """
 
     def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True,
-                 dropout=0.0):
+                 topic=0, dropout=0.0):
         super().__init__()
         if decoder_dim % num_heads:
             raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
                             f"choose a --decoder_dim that is a multiple of {num_heads}.")
         self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "decoder_dim": decoder_dim,
-                      "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
+                      "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first,
+                      "topic": topic}
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
+        self.topic = Topic(hidden_size, topic, decoder_dim) if topic else None
         self.dropout = dropout
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
@@ -123,11 +189,12 @@ class MemoryDecoder(nn.Module):
 
     def features(self, hidden, cache=None):
         """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
+        topic = self.topic(hidden, cache) if self.topic else 0
         if self.training and self.sizes["context"] > 1:  # whole states go, so that a part of a question is cue enough
             hidden = hidden * (torch.rand_like(hidden[..., :1]) >= self.dropout)
         x = self.input_norm(self.input_projection(hidden))
         for block in self.blocks:
-            x = block(x, cache)
+            x = block(x, topic, cache)
         return self.output_norm(x)
 
     def forward(self, hidden, cache=None):

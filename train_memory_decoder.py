@@ -90,6 +90,7 @@ class Options:
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
     context: int = option(128, "query states that attention reaches back; 1 reads each alone")
+    topic: int = option(0, "rank of the topic vector, fitted to the means of query states, that every layer also reads; 0: none")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
     dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
@@ -110,6 +111,8 @@ class Options:
         for name in ("k", "decoder_dim", "context", "num_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.topic < 0:
+            raise UserError(f"--topic must be at least 0, not {self.topic}.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
         if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 <= self.dropout < 1 \
@@ -234,8 +237,8 @@ class Stages:
                                                    values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "batch_size",
-                          "kl_weight", "knn_temperature", "seed")
+        learning = values("decoder_dim", "context", "topic", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
+                          "batch_size", "kl_weight", "knn_temperature", "seed")
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
         self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)
@@ -352,11 +355,13 @@ class Batches:
         return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
 
 
-def make_decoder(options, base, keys):
+def make_decoder(options, base, keys, offsets):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
-    decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
+    decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context, topic=options.topic,
                             norm_first=options.norm == "pre", dropout=options.dropout)
+    if options.topic:
+        decoder.topic.fit(keys, offsets, options.seed)
     if options.head_init == "base":
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
         decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))
@@ -367,7 +372,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
     stage = stages.decoder
     batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours))
-    decoder = make_decoder(options, base, keys)
+    decoder = make_decoder(options, base, keys, entries.offsets)
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)

@@ -13,6 +13,7 @@ from memory_decoder import (
     Gate,
     MemoryAugmentedLM,
     MemoryDecoder,
+    Topic,
     VisibleText,
     blend,
     local_attention,
@@ -112,12 +113,18 @@ def take(way, monkeypatch):
         monkeypatch.setattr(memory_decoder, name, value)
 
 
+def with_any_topic(decoder):
+    """The decoder with a topic map drawn at random in place of a fitted one."""
+    torch.nn.init.normal_(decoder.topic.map), torch.nn.init.normal_(decoder.topic.centre)
+    return decoder
+
+
 @pytest.mark.parametrize("context", [1, 3, 100])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context, norm_first, way):
     take(way, monkeypatch)
-    decoder, hidden = make_decoder(context=context, norm_first=norm_first), torch.randn(1, 20, 32)
+    decoder, hidden = with_any_topic(make_decoder(context=context, norm_first=norm_first, topic=8)), torch.randn(1, 20, 32)
     cache = DecoderCache()
     pieces = [decoder(hidden[:, :7], cache), *(decoder(hidden[:, i:i + 1], cache) for i in range(7, 20))]
     torch.testing.assert_close(torch.cat(pieces, 1), decoder(hidden), atol=1e-5, rtol=1e-5)
@@ -165,8 +172,10 @@ def test_dropout_acts_in_training_and_not_after_loading(tmp_path):
     torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder.eval()(hidden))
 
 
-def test_no_position_sees_a_later_one():
-    decoder, hidden = make_decoder(context=8), torch.randn(1, 12, 32)
+@pytest.mark.parametrize("topic", [0, 8])
+def test_no_position_sees_a_later_one(topic):
+    decoder, hidden = make_decoder(context=8, topic=topic), torch.randn(1, 12, 32)
+    decoder = with_any_topic(decoder) if topic else decoder
     changed = hidden.clone()
     changed[:, 7] += 1
     before, after = decoder(hidden), decoder(changed)
@@ -179,6 +188,62 @@ def test_context_one_reads_every_position_alone_and_a_longer_one_does_not():
     alone, wide = make_decoder(context=1), make_decoder(context=5)
     torch.testing.assert_close(alone(hidden)[:, 4:], alone(hidden[:, 4:]), atol=1e-5, rtol=1e-5)
     assert (wide(hidden)[:, 4:] - wide(hidden[:, 4:])).abs().max() > 1e-3
+
+
+def test_a_topic_vector_is_the_mapped_mean_of_the_states_so_far():
+    topic, hidden = with_any_topic(make_decoder(topic=8)).topic, torch.randn(2, 9, 32)
+    for t in range(9):
+        mapped = (hidden[:, :t + 1].mean(1) - topic.centre) @ topic.map
+        expected = topic.out(mapped / mapped.norm(dim=1, keepdim=True) * 8**0.5)
+        torch.testing.assert_close(topic(hidden)[:, t], expected, atol=1e-5, rtol=1e-5)
+
+
+def texts_on(subjects, length=60, width=24, loud=8, seed=0):
+    """Hidden states (N, width) of one text a row of subjects (texts, 4), and offsets.
+
+    In each text four directions lean by its subject under noise; `loud` directions differ much more from text to text, and from
+    one half of a text to the other, and say nothing of its subject.
+    """
+    draw = np.random.default_rng(seed)
+    states = draw.normal(size=(len(subjects), length, width))
+    states[:, :, :4] += subjects[:, None]
+    states[:, :length // 2, 4:4 + loud] += 5 * draw.normal(size=(len(subjects), 1, loud))
+    states[:, length // 2:, 4:4 + loud] += 5 * draw.normal(size=(len(subjects), 1, loud))
+    return states.reshape(-1, width).astype(np.float16), np.arange(len(subjects) + 1) * length
+
+
+def test_a_fitted_topic_tells_the_subject_of_a_text_it_never_read():
+    corners = np.array([[a, b, c, d] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1) for d in (-1, 1)])
+    topic = Topic(24, 4, 16)
+    topic.fit(*texts_on(np.tile(corners, (20, 1))))
+    new, _ = texts_on(corners, seed=1)
+    seen, _ = texts_on(corners, seed=2)
+    heard, known = ((torch.from_numpy(x.astype(np.float32)).view(16, 60, 24)[:, :25].mean(1) - topic.centre) for x in (new, seen))
+
+    def found(map_):
+        a, b = (F.normalize(x @ map_, dim=1) for x in (heard, known))
+        return int(((a @ b.T).argmax(1) == torch.arange(16)).sum())
+
+    assert found(topic.map) >= 14 and found(torch.eye(24)) <= 8
+
+
+def test_no_text_long_enough_leaves_a_topic_that_says_nothing():
+    topic = Topic(24, 4, 16)
+    topic.fit(np.ones((40, 24), np.float16), np.arange(0, 41, 20))
+    assert not topic(torch.randn(1, 5, 24)).any()
+
+
+def test_equal_texts_leave_a_topic_that_is_finite():
+    topic = Topic(24, 4, 16)
+    topic.fit(np.ones((80, 24), np.float16), np.arange(0, 81, 40))
+    assert topic(torch.randn(1, 5, 24)).isfinite().all()
+
+
+def test_a_topic_is_fitted_once_and_saved_with_the_decoder(tmp_path):
+    decoder, hidden = with_any_topic(make_decoder(topic=8)), torch.randn(1, 6, 32)
+    assert not {"topic.map", "topic.centre"} & {name for name, _ in decoder.named_parameters()}
+    decoder.save(tmp_path / "decoder.pt")
+    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
 
 
 def test_attention_learns_from_its_queries_and_keys():

@@ -581,6 +581,7 @@ BAD = [
     (("--template", "{Question:d}"), "{Question:d}"),
     (("--k", 0), "--k must be at least 1"),
     (("--batch_size", -1), "--batch_size must be at least 1"),
+    (("--topic", -1), "--topic must be at least 0"),
     (("--kl_weight", 2), "--kl_weight"), (("--dropout", 1), "--dropout"),
     (("--decoder_lr", 0), "--decoder_lr"),
     (("--decoder_lr", "nan"), "--decoder_lr"),
