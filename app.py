@@ -19,7 +19,8 @@ import gradio as gr
 import torch
 
 from datastore import BaseLM, Datastore, Template, UserError, parse_dataclass
-from memory_decoder import AUTO, RULES, Gate, MemoryAugmentedLM, MemoryDecoder, read_manifest
+from generation import AUTO, RULES, Gate, MemoryAugmentedLM
+from memory_decoder import MemoryDecoder, read_manifest
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from datastore import Window, entries_of, hidden_batches, knn_weights
-from memory_decoder import LOGITS_AT_ONCE, Evidence, Gate, blend, opinions
+from generation import Evidence, Gate, blend, opinions
+from memory_decoder import LOGITS_AT_ONCE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

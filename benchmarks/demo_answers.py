@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
-from memory_decoder import AUTO, RULES, read_manifest
+from generation import AUTO, RULES
+from memory_decoder import read_manifest
 
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from datastore import BaseLM, Datastore
-from memory_decoder import MemoryAugmentedLM, MemoryDecoder
+from generation import MemoryAugmentedLM
+from memory_decoder import MemoryDecoder
 
 SHAPE = {"vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384, "num_hidden_layers": 18,
          "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256}

@@ -24,7 +24,8 @@ from common import TEMPLATE, record, recorded, script
 
 import evaluation
 from datastore import BaseLM, Datastore, Template, Window, find_neighbours, windows_of
-from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
+from generation import Gate, MemoryAugmentedLM
+from memory_decoder import MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay

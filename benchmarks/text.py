@@ -14,7 +14,8 @@ from common import TEMPLATE, record, recorded, script
 from quality import SETTINGS, options_of
 
 from datastore import BaseLM, windows_of
-from memory_decoder import Gate, MemoryAugmentedLM, MemoryDecoder
+from generation import Gate, MemoryAugmentedLM
+from memory_decoder import MemoryDecoder
 
 ASKED, COPIED = 20, 30  # questions; tokens in a row that count as copied
 SAMPLING = {"temperature": 0.7, "top_k": 50, "max_new_tokens": 120, "seed": 0, "stops": TEMPLATE.stops}

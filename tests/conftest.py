@@ -16,6 +16,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 import build_base_model
 from datastore import BaseLM
+from memory_decoder import MemoryDecoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
@@ -31,6 +32,12 @@ def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
     GemmaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_decoder(seed=0, hidden=32, vocab=512, **sizes):
+    """A MemoryDecoder for the tiny Gemma, at random weights."""
+    torch.manual_seed(seed)
+    return MemoryDecoder(hidden, vocab, **{"decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}).eval()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ from gradio_client.exceptions import AppError
 import app
 import train_memory_decoder
 from datastore import Template, UserError, open_keys
-from memory_decoder import RULES, read_manifest
+from generation import RULES
+from memory_decoder import read_manifest
 
 LAUNCH = gr.Blocks.launch
 GOOD = {"alpha": 0.5, "temperature": 0, "top_k": 50, "max_new_tokens": 12, "k": 4, "rule": "logits"}
