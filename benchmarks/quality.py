@@ -6,6 +6,7 @@
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
+    python benchmarks/quality.py --data DATA --part pace      # time a token after --part all; results/pace.json
     python benchmarks/quality.py --data DATA --part all       # every row, with what the factors favour; results/all.json
 
 Same base, same training rows, same held-out rows (even ones choose, odd ones report); LoRA and full tuning get the seconds
@@ -24,7 +25,7 @@ from common import TEMPLATE, record, recorded, script
 
 import evaluation
 from datastore import BaseLM, Datastore, Template, Window, find_neighbours, windows_of
-from generation import Gate, MemoryAugmentedLM
+from generation import Evidence, Gate, MemoryAugmentedLM, opinions
 from memory_decoder import MemoryDecoder
 
 SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs": 3}
@@ -98,9 +99,13 @@ def tuned_results(base, windows, held, off, seconds, seed, rates):
 
 
 def seconds_a_token(given, folder, base):
-    """Median seconds of a greedy token behind a short prompt: base alone, with the memory, and with a search as kNN-LM needs."""
+    """Median seconds of a greedy token behind a short prompt: base alone, with the memory, and with a search as kNN-LM needs.
+
+    auto: with the memory, the gate's features and alpha.
+    """
     path = given.work / folder
     store = Datastore.open(path)
+    gate = Gate(**common.json.loads((path / "metrics.json").read_text())["chosen"]["gate"])
     model = MemoryAugmentedLM(base, MemoryDecoder.load(path / "memory_decoder.pt"), Template(TEMPLATE.pattern).header)
 
     def pace(one):
@@ -115,8 +120,17 @@ def seconds_a_token(given, folder, base):
     hidden = next(steps)[0]
     cache = prompt_cache(base)
     alone = pace(lambda: base.logits(base.hidden(torch.tensor([[base.bos]]), cache)[0, -1]))
+    evidence = Evidence()
+    weighed = model.steps(base.encode(PROMPT), evidence)
+    next(weighed)
     return {"base": alone, "memory": pace(lambda: steps.send(5)),
+            "auto": pace(lambda: gate.alpha(opinions(*weighed.send(5)[1:]).numpy(), evidence.means)),
             "knn_lm": alone + pace(lambda: store.search(hidden[None].numpy(), 32))}
+
+
+def pace(given, folder):
+    """seconds_a_token of a finished run."""
+    return seconds_a_token(given, folder, BaseLM.load(given.base_model)) | {"commit": common.COMMIT}
 
 
 def prompt_cache(base):
@@ -242,6 +256,7 @@ def all_rows(given):
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
          "all": ("all", {"0": (all_rows,)}),
+         "pace": ("pace", {"all_rows": (pace, "all_rows")}),
          "knn": ("knn", {str(seed): (knn_at, f"memory_{seed}") for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),

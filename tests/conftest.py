@@ -19,7 +19,8 @@ from datastore import BaseLM
 from memory_decoder import MemoryDecoder
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
+DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
+ROWS = DEMO_ROWS[::2]  # each answer once
 
 
 def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
