@@ -128,7 +128,7 @@ def seconds_a_token(given, folder, base):
             "knn_lm": alone + pace(lambda: store.search(hidden[None].numpy(), 32))}
 
 
-def pace(given, folder):
+def pace_of(given, folder):
     """seconds_a_token of a finished run."""
     return seconds_a_token(given, folder, BaseLM.load(given.base_model)) | {"commit": common.COMMIT}
 
@@ -256,7 +256,7 @@ def all_rows(given):
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
          "all": ("all", {"0": (all_rows,)}),
-         "pace": ("pace", {"all_rows": (pace, "all_rows")}),
+         "pace": ("pace", {"all_rows": (pace_of, "all_rows")}),
          "knn": ("knn", {str(seed): (knn_at, f"memory_{seed}") for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
