@@ -107,7 +107,6 @@ class Topic(nn.Module):
 
     WINDOW = 32  # states that a text needs to be fitted on
     SPLITS = 4  # places at which each is parted
-    DROPPED = 0.5  # share of positions that training shows no topic
 
     def __init__(self, hidden_size, rank, width):
         super().__init__()
@@ -122,10 +121,7 @@ class Topic(nn.Module):
         if cache is not None:
             total, count = total + cache.total, count + cache.count
             cache.total, cache.count = total[:, -1:], cache.count + hidden.shape[1]
-        topic = self.out(F.normalize((total / count - self.centre) @ self.map, dim=-1) * self.map.shape[1] ** 0.5)
-        if self.training:  # so that a text goes on by its last words, not by a topic that no other text has
-            topic = topic * (torch.rand_like(topic[..., :1]) >= self.DROPPED)
-        return topic
+        return self.out(F.normalize((total / count - self.centre) @ self.map, dim=-1) * self.map.shape[1] ** 0.5)
 
     @torch.no_grad()
     def fit(self, keys, offsets, seed=0):
