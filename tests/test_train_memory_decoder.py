@@ -471,11 +471,16 @@ def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     assert MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["norm_first"] is False
 
 
+def test_a_topic_map_is_fitted_to_what_is_stored(trained):
+    decoder = MemoryDecoder.load(trained / "memory_decoder.pt")
+    assert decoder.sizes["topic"] == 8 and decoder.topic.map.shape == (32, 8) and decoder.topic.map.abs().amax(0).min() > 0
+
+
 @pytest.mark.parametrize("flags", [["--original"], ["--original", "--demo"]])
 def test_original_sets_the_original_demos_defaults(flags):
     options = parse_options(flags)
     assert (options.num_epochs, options.dropout, options.kl_weight) == (3, 0.1, 0.5)
-    assert (options.decoder_lr, options.context, options.norm) == (1e-4, 1, "post")
+    assert (options.decoder_lr, options.context, options.topic, options.norm) == (1e-4, 1, 0, "post")
     assert (options.head_init, options.knn_temperature, options.positions) == ("random", math.inf, "last")
     assert options.k == Options.k
     assert (options.base_model == Options.base_model) == ("--demo" not in flags)
