@@ -100,12 +100,13 @@ class DecoderCache:
 class Topic(nn.Module):
     """Says what a text is about, from the mean of its hidden states so far: a fixed map fitted in closed form, then a learned one.
 
-    A network fitted word by word to a few hundred questions finds them again and no others; the mean of states, mapped to
-    where such texts go on, changes little when a question is put in other words. Mikolov and Zweig 2012 feed a recurrent
-    language model with a topic vector in this way.
+    A network fitted to a few hundred questions tells them apart word by word; the mean of their states, mapped to where such
+    texts go on, is far nearer for the same question in other words than for another. Mikolov and Zweig 2012 feed a
+    recurrent language model with a topic vector in this way.
     """
 
-    WINDOW = 32  # states that a text needs to be fitted on
+    WINDOW = 32  # states that a window needs to be fitted to
+    WINDOWS = 20_000  # of them at most
     SPLITS = 4  # places at which each is parted
 
     def __init__(self, hidden_size, rank, width):
@@ -127,18 +128,21 @@ class Topic(nn.Module):
     def fit(self, keys, offsets, seed=0):
         """Fit the fixed map to the windows keys[offsets[i]:offsets[i + 1]] of hidden states (N, H).
 
-        Ridge regression of reduced rank (Izenman 1975) of the mean state of a window's rest on the mean state before it. The
-        first mean is whitened by the covariance of single states, since that is its noise, the second by its own.
+        Ridge regression of reduced rank (Izenman 1975) of the mean state of a window's rest on the mean state before it;
+        both means are whitened by the covariance of single states, since that is their noise, and the second then by its own.
+        Raises UserError when no window has WINDOW states.
         """
         rng = np.random.default_rng(seed)
+        windows = [(start, end) for start, end in pairwise(offsets) if end - start >= self.WINDOW]
+        if not windows:
+            raise UserError(f"A topic vector is fitted to texts of at least {self.WINDOW} entries, and there are none; "
+                            "leave --topic at 0.")
         first, rest = [], []
-        for start, end in pairwise(offsets):
-            if end - start >= self.WINDOW:
-                total = torch.from_numpy(keys[start:end].astype(np.float32)).cumsum(0)
-                for n in rng.integers(self.WINDOW // 4, (end - start) // 2 + 1, self.SPLITS):
-                    first.append(total[n - 1] / n), rest.append((total[-1] - total[n - 1]) / (end - start - n))
-        if not first:
-            return  # the map stays 0, and says nothing
+        for i in np.sort(rng.permutation(len(windows))[:self.WINDOWS]):
+            start, end = windows[i]
+            total = torch.from_numpy(keys[start:end].astype(np.float32)).cumsum(0)
+            for n in rng.integers(self.WINDOW // 4, (end - start) // 2 + 1, self.SPLITS):
+                first.append(total[n - 1] / n), rest.append((total[-1] - total[n - 1]) / (end - start - n))
         first, rest = torch.stack(first), torch.stack(rest)
         states = torch.from_numpy(keys[np.sort(rng.permutation(len(keys))[:20_000])].astype(np.float32))
         centre, white = first.mean(0), whitening(states, 1e-3)
@@ -162,8 +166,8 @@ class MemoryDecoder(nn.Module):
     """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> output projection -> logits (B, T, V).
-    With context=1 every position is read alone, as in the original demo. topic: rank of the Topic that every layer also
-    reads; 0: none.
+    With context=1 and without a topic every position is read alone, as in the original demo. topic: rank of the Topic that
+    every layer also reads; 0: none.
     """
 
     def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True,

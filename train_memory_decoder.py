@@ -91,8 +91,9 @@ class Options:
     knn_temperature: float | None = option(None, "of the kNN weights, in squared distance; inf: equal votes; "
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
-    context: int = option(128, "query states that attention reaches back; 1 reads each alone")
-    topic: int = option(0, "rank of the topic vector, fitted to the means of query states, that every layer also reads; 0: none")
+    context: int = option(128, "query states that attention reaches back; 1 reads each alone, but for a topic")
+    topic: int = option(0, "rank of a topic vector, from the mean of the query states so far, that every layer also reads; 0: "
+                           "none. For a chat that answers each question alone (app.py --max_turns 0)")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
     dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
@@ -115,6 +116,8 @@ class Options:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.topic < 0:
             raise UserError(f"--topic must be at least 0, not {self.topic}.")
+        if self.topic and self.positions == "last":
+            raise UserError("--topic is fitted to whole texts; with --positions last leave it at 0.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
         if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 <= self.dropout < 1 \
@@ -239,8 +242,8 @@ class Stages:
                                                    values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        learning = values("decoder_dim", "context", "topic", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
-                          "batch_size", "kl_weight", "knn_temperature", "seed")
+        learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "batch_size",
+                          "kl_weight", "knn_temperature", "seed", *(["topic"] if options.topic else []))
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
         self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)

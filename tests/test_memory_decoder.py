@@ -209,10 +209,9 @@ def test_a_fitted_topic_tells_the_subject_of_a_text_it_never_read():
     assert found(topic.map) >= 14 and found(torch.eye(24)) <= 8
 
 
-def test_no_text_long_enough_leaves_a_topic_that_says_nothing():
-    topic = Topic(24, 4, 16)
-    topic.fit(np.ones((40, 24), np.float16), np.arange(0, 41, 20))
-    assert not topic(torch.randn(1, 5, 24)).any()
+def test_texts_too_short_for_a_topic_are_refused_in_words():
+    with pytest.raises(UserError, match="at least 32 entries"):
+        Topic(24, 4, 16).fit(np.ones((40, 24), np.float16), np.arange(0, 41, 20))
 
 
 def test_equal_texts_leave_a_topic_that_is_finite():
@@ -225,6 +224,15 @@ def test_a_topic_is_fitted_once_and_saved_with_the_decoder(tmp_path):
     decoder, hidden = with_any_topic(make_decoder(topic=8)), torch.randn(1, 6, 32)
     assert not {"topic.map", "topic.centre"} & {name for name, _ in decoder.named_parameters()}
     decoder.save(tmp_path / "decoder.pt")
+    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
+
+
+def test_a_file_from_before_there_were_topics_loads(tmp_path):
+    decoder, hidden = make_decoder(), torch.randn(1, 6, 32)
+    decoder.save(tmp_path / "decoder.pt")
+    saved = torch.load(tmp_path / "decoder.pt", weights_only=True)
+    del saved["sizes"]["topic"]
+    torch.save(saved, tmp_path / "decoder.pt")
     torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
 
 

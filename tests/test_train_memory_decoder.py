@@ -23,8 +23,8 @@ from conftest import ROOT, ROWS, SMALL, run_script
 
 import datastore
 import train_memory_decoder as script
-from datastore import BaseLM, Datastore, Template, UserError, explain_load_error, windows_of
-from memory_decoder import MemoryDecoder, read_manifest
+from datastore import BaseLM, Datastore, Template, UserError, entries_of, explain_load_error, open_keys, windows_of
+from memory_decoder import MemoryDecoder, Topic, read_manifest
 from train_memory_decoder import Options, Stage, epoch_batches, parse_options, read_rows, split_rows
 
 ARTEFACTS = {"memory_decoder.pt", "faiss_index.bin", "datastore_values.npy", "datastore_entries.npz", "examples.jsonl",
@@ -471,9 +471,12 @@ def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     assert MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["norm_first"] is False
 
 
-def test_a_topic_map_is_fitted_to_what_is_stored(trained):
-    decoder = MemoryDecoder.load(trained / "memory_decoder.pt")
-    assert decoder.sizes["topic"] == 8 and decoder.topic.map.shape == (32, 8) and decoder.topic.map.abs().amax(0).min() > 0
+def test_a_topic_map_is_fitted_to_what_is_stored(trained, base):
+    windows = windows_of(base, stored_texts(trained), Template(Options.template), 96)
+    keys = open_keys(next(trained.glob("stages/datastore-*/keys.f16")), base.width)
+    decoder, again = MemoryDecoder.load(trained / "memory_decoder.pt"), Topic(32, 8, 32)
+    again.fit(keys, entries_of(windows).offsets)
+    torch.testing.assert_close(decoder.topic.map @ decoder.topic.map.T, again.map @ again.map.T)  # eigenvectors have no sign
 
 
 @pytest.mark.parametrize("flags", [["--original"], ["--original", "--demo"]])
@@ -587,6 +590,7 @@ BAD = [
     (("--k", 0), "--k must be at least 1"),
     (("--batch_size", -1), "--batch_size must be at least 1"),
     (("--topic", -1), "--topic must be at least 0"),
+    (("--topic", 8, "--positions", "last"), "--topic is fitted to whole texts"),
     (("--kl_weight", 2), "--kl_weight"), (("--dropout", 1), "--dropout"),
     (("--decoder_lr", 0), "--decoder_lr"),
     (("--decoder_lr", "nan"), "--decoder_lr"),
