@@ -235,11 +235,15 @@ def curve(given, rows):
             "LoRA": lora, "lora_steps": steps, "commit": common.COMMIT}
 
 
-def find_quickly(store, *rest):
-    """find_neighbours looking into a quarter of the lists: what the memory learns from, not what kNN-LM is measured with."""
+def find_quickly(store, keys, k, folder):
+    """find_neighbours looking into a quarter of the lists: what the memory learns from, not what kNN-LM is measured with.
+
+    The recall that script 1 then prints is that of the usual number of lists; this one prints its own.
+    """
     ivf = faiss.extract_index_ivf(store.index)
     usual, ivf.nprobe = ivf.nprobe, max(8, ivf.nprobe // 4)
-    find_neighbours(store, *rest)
+    find_neighbours(store, keys, k, folder)
+    print(f"neighbours in a quarter of the lists: recall@{k} {store.recall(keys, k):.3f}", flush=True)
     ivf.nprobe = usual
 
 
