@@ -58,7 +58,6 @@ HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
         "output_dir": str(HERE / "demo/trained_models"), "template": "Question: {Question}\nAnswer: {Answer}",
         "max_length": 512, "batch_size": 4,
-        "validation_fraction": 0.025,  # of rows that ask for each answer in two ways: what is held out takes its twin along
         # Attention over a few states falls back on stored sentences when a question is new; over many it loses its way.
         # The topic vector finds the way.
         "context": 16, "topic": 128,
@@ -182,19 +181,25 @@ def telltale(row, template):
 
 
 def split_rows(options, template):
-    """(training rows, validation rows); those held out never enter the datastore."""
+    """(training rows, validation rows); those held out never enter the datastore.
+
+    Rows with one text or one long answer are drawn as one, so the share held out is one of different answers.
+    """
     rows = read_rows(options.dataset, template)
-    order = np.random.default_rng(options.seed).permutation(len(rows))
     if options.validation_dataset:
         held = read_rows(options.validation_dataset, template)[:MOST_VALIDATION_ROWS]
+        known = {part for row in held for part in telltale(row, template)}
+        order = np.random.default_rng(options.seed).permutation(len(rows))
+        order = [i for i in order if not known & set(telltale(rows[i], template))]
     else:
-        count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(rows))))
-        held, order = [rows[i] for i in order[:count]], order[count:]
-    known = {part for row in held for part in telltale(row, template)}
-    apart = [i for i in order if not known & set(telltale(rows[i], template))]
-    if len(apart) < len(order) and not options.validation_dataset:
-        print(f"left out: {len(order) - len(apart)} rows whose text or long answer is held out too", flush=True)
-    order = apart
+        groups = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(telltale(row, template)[-1], []).append(i)
+        groups = list(groups.values())
+        drawn = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
+        count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(groups))))
+        held, order = ([i for group in part for i in group] for part in (drawn[:count], drawn[count:]))
+        held = [rows[i] for i in held[:MOST_VALIDATION_ROWS]]
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "
