@@ -183,7 +183,7 @@ def telltale(row, template):
 def split_rows(options, template):
     """(training rows, validation rows); those held out never enter the datastore.
 
-    Rows with one text or one long answer are drawn as one, so the share held out is one of different answers.
+    Rows with one text or one long answer are drawn as one: the first is held out and its twins are left out.
     """
     rows = read_rows(options.dataset, template)
     if options.validation_dataset:
@@ -198,8 +198,7 @@ def split_rows(options, template):
         groups = list(groups.values())
         drawn = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
         count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(groups))))
-        held, order = ([i for group in part for i in group] for part in (drawn[:count], drawn[count:]))
-        held = [rows[i] for i in held[:MOST_VALIDATION_ROWS]]
+        held, order = [rows[group[0]] for group in drawn[:count]], [i for group in drawn[count:] for i in group]
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "

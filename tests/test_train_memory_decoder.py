@@ -396,6 +396,8 @@ def test_a_long_answer_stands_on_one_side_of_the_split_only_and_short_ones_may_s
     assert kept_answers & held_answers == {"Yes."}
     assert any(len(answer) > 100 for answer in kept_answers) and any(len(answer) > 100 for answer in held_answers)
     assert len(kept) + len(held) < len(rows)
+    long = [row["Answer"] for row in held if len(row["Answer"]) > 100]
+    assert len(set(long)) == len(long)  # both halves of the report would else know one answer
 
 
 @pytest.mark.parametrize(("rows", "fraction", "held"), [(24, 0.05, 2), (24, 0.25, 6), (440, 0.9, 200)])
