@@ -14,6 +14,7 @@ that the memory took, search included.
 """
 
 import time
+from types import SimpleNamespace
 
 import baselines
 import common
@@ -32,6 +33,7 @@ SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
+LARGER_K = (32, 1024)
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
@@ -171,21 +173,34 @@ def untouched(given, seed):
     return memory_off_domain(given, f"memory_{seed}", base, off_domain_windows(given, base, 400_000))
 
 
-def knn_at(given, folder, k=1024):
-    """kNN-LM of a finished run at another K; temperature and lambda chosen as script 1 chooses them."""
+def knn_at(given, folder, ks):
+    """{K: kNN-LM of a finished run at that K}, all from one search; temperature and lambda chosen as script 1 chooses them."""
     base, path = BaseLM.load(given.base_model), given.work / folder
     temperature = float(common.json.loads((path / "metrics.json").read_text())["training_knn_temperature"])
     held = windows_of(base, texts_of(given, "validation", 200), TEMPLATE, SETTINGS["max_length"])
-    entries, store, found = baselines.entries_of(held), Datastore.open(path), []
+    entries, store, found = baselines.entries_of(held), Datastore.open(path), {k: [] for k in ks}
     for first, hidden in baselines.hidden_batches(base, held, 16):
-        start = entries.offsets[first]
-        found.append(evaluation.knn_log_probabilities(store, hidden, entries.values[start:start + len(hidden)], k, temperature))
-    own, knn, even = log_probabilities(base, held), np.concatenate(found), entries.example % 2 == 0
-    tables = [evaluation.mix_probabilities(own, column) for column in knn.T]
+        targets = entries.values[entries.offsets[first]:entries.offsets[first] + len(hidden)]
+        D, I = store.search(hidden.float().numpy(), max(ks))
+        for k in ks:
+            nearest = SimpleNamespace(search=lambda *_, k=k: (D[:, :k], I[:, :k]), values=store.values)  # noqa: B023
+            found[k].append(evaluation.knn_log_probabilities(nearest, hidden, targets, k, temperature))
+    own = log_probabilities(base, held)
+    return {k: best_knn(own, np.concatenate(found[k]), entries.example, temperature) | {"k": k} for k in ks}
+
+
+def best_knn(own, knn, example, temperature):
+    """kNN-LM on the odd rows, with the temperature (a column of knn) and lambda that do best on the even ones."""
+    tables, even = [evaluation.mix_probabilities(own, column) for column in knn.T], example % 2 == 0
     s, lam = min(((s, lam) for s in range(len(tables)) for lam in range(len(evaluation.ALPHAS))),
                  key=lambda at: evaluation.perplexity(tables[at[0]][even, at[1]]))
-    return {"legal": perplexity_of_odd(tables[s][:, lam], entries.example), "k": k, "lambda": float(evaluation.ALPHAS[lam]),
+    return {"legal": perplexity_of_odd(tables[s][:, lam], example), "lambda": float(evaluation.ALPHAS[lam]),
             "temperature": temperature * evaluation.TEMPERATURES[s], "commit": common.COMMIT}
+
+
+def largest_knn(given, seed):
+    """kNN-LM of a finished seed at the largest K."""
+    return knn_at(given, f"memory_{seed}", LARGER_K[-1:])[LARGER_K[-1]]
 
 
 def rivals(given, seed):
@@ -253,7 +268,7 @@ def all_rows(given):
         metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": 2})
     base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
-            "chosen": metrics["chosen"], "knn": {str(k): knn_at(given, "all_rows", k) for k in (32, 1024)},
+            "chosen": metrics["chosen"], "knn": knn_at(given, "all_rows", LARGER_K),
             "off_domain": memory_off_domain(given, "all_rows", base, off_domain_windows(given, base)), "commit": common.COMMIT}
 
 
@@ -261,7 +276,7 @@ PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
          "all": ("all", {"0": (all_rows,)}),
          "pace": ("pace", {"all_rows": (pace_of, "all_rows")}),
-         "knn": ("knn", {str(seed): (knn_at, f"memory_{seed}") for seed in range(3)}),
+         "knn": ("knn", {str(seed): (largest_knn, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
