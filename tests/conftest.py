@@ -71,9 +71,8 @@ SMALL = ("--device", "cpu", "--decoder_dim", "32", "--k", "8", "--num_epochs", "
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny_gemma, rows_file):
-    """A folder that train_memory_decoder.py has filled, the memory with a topic vector."""
+    """A folder that train_memory_decoder.py has filled."""
     folder = tmp_path_factory.mktemp("trained") / "trained_models"
-    done = run_script("train_memory_decoder.py", "--base_model", tiny_gemma, "--dataset", rows_file, "--output_dir", folder, *SMALL,
-                      "--topic", 8)
+    done = run_script("train_memory_decoder.py", "--base_model", tiny_gemma, "--dataset", rows_file, "--output_dir", folder, *SMALL)
     assert done.code == 0, done.err
     return folder

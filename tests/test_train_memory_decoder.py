@@ -473,10 +473,12 @@ def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     assert MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["norm_first"] is False
 
 
-def test_a_topic_map_is_fitted_to_what_is_stored(trained, base):
-    windows = windows_of(base, stored_texts(trained), Template(Options.template), 96)
-    keys = open_keys(next(trained.glob("stages/datastore-*/keys.f16")), base.width)
-    decoder, again = MemoryDecoder.load(trained / "memory_decoder.pt"), Topic(32, 8, 32)
+def test_a_topic_map_is_fitted_to_what_is_stored(arguments, tmp_path, base):
+    folder = tmp_path / "out"
+    script.run(parse_options(arguments(folder, "--topic", 8, "--num_epochs", 1)))
+    windows = windows_of(base, stored_texts(folder), Template(Options.template), 96)
+    keys = open_keys(next(folder.glob("stages/datastore-*/keys.f16")), base.width)
+    decoder, again = MemoryDecoder.load(folder / "memory_decoder.pt"), Topic(32, 8, 32)
     again.fit(keys, entries_of(windows).offsets)
     torch.testing.assert_close(decoder.topic.map @ decoder.topic.map.T, again.map @ again.map.T)  # eigenvectors have no sign
 
