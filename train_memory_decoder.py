@@ -81,7 +81,7 @@ class Options:
     template: str = option("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}",
                            "text of one row; the last field is the answer, the one before it what a user asks")
     validation_dataset: str | None = option(None, "held-out rows, given as --dataset is; default: a share of the dataset")
-    validation_fraction: float = option(0.05, "share of the rows held out (at least 2 rows, at most 200)")
+    validation_fraction: float = option(0.05, "share of the different answers held out (at least 2 rows, at most 200)")
     max_examples: int | None = option(None, "use only so many training rows")
     max_length: int = option(128, "tokens the base model reads at once; longer texts are read in several windows")
     positions: str = option("all", "'all' positions become entries, or the 'last' of each row", choices=["all", "last"])

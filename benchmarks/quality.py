@@ -183,7 +183,7 @@ def knn_at(given, folder, ks):
         targets = entries.values[entries.offsets[first]:entries.offsets[first] + len(hidden)]
         D, I = store.search(hidden.float().numpy(), max(ks))
         for k in ks:
-            nearest = SimpleNamespace(search=lambda *_, k=k: (D[:, :k], I[:, :k]), values=store.values)  # noqa: B023
+            nearest = SimpleNamespace(search=lambda *_, cut=(D[:, :k], I[:, :k]): cut, values=store.values)
             found[k].append(evaluation.knn_log_probabilities(nearest, hidden, targets, k, temperature))
     own = log_probabilities(base, held)
     return {k: best_knn(own, np.concatenate(found[k]), entries.example, temperature) | {"k": k} for k in ks}
