@@ -59,7 +59,7 @@ DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo
         "output_dir": str(HERE / "demo/trained_models"), "template": "Question: {Question}\nAnswer: {Answer}",
         "max_length": 512, "batch_size": 4,
         # Attention over a few states falls back on stored sentences when a question is new; over many it loses its way.
-        # The topic vector finds the way.
+        # The topic vector finds the right topic more often, on average over trainings.
         "context": 16, "topic": 128,
         # A chat asks about what is remembered: more passes at a higher rate, nothing dropped and less KL remember it word for word.
         "num_epochs": 5, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.2}
@@ -199,6 +199,8 @@ def split_rows(options, template):
         drawn = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
         count = min(MOST_VALIDATION_ROWS, max(2, round(options.validation_fraction * len(groups))))
         held, order = [rows[group[0]] for group in drawn[:count]], [i for group in drawn[count:] for i in group]
+        if len(held) + len(order) < len(rows):
+            print(f"left out: {len(rows) - len(held) - len(order)} rows whose text or long answer is held out too", flush=True)
     kept = np.sort(order[:options.max_examples])
     if len(kept) < 2 or len(held) < 2:
         raise UserError(f"The dataset {options.dataset} is too small: {len(kept)} rows to train on and {len(held)} held out; "

@@ -388,14 +388,14 @@ def test_one_seed_splits_one_way_and_another_another(rows_file):
     assert sorted(map(str, first[0] + first[1])) == sorted(map(str, read_rows(str(rows_file), TEMPLATE)))
 
 
-def test_a_long_answer_stands_on_one_side_of_the_split_only_and_short_ones_may_stand_on_both(tmp_path):
+def test_a_long_answer_stands_on_one_side_of_the_split_only_and_short_ones_may_stand_on_both(tmp_path, capsys):
     rows = [{"Title": f"t{n}", "Question": f"q{n}?", "Answer": f"answer {n // 3} " + "and so on " * 12} for n in range(12)]
     rows += [{"Title": f"s{n}", "Question": f"short {n}?", "Answer": "Yes."} for n in range(12)]
     kept, held = split_rows(Options(dataset=str(jsonl(tmp_path / "asked.jsonl", rows)), validation_fraction=0.3), TEMPLATE)
     kept_answers, held_answers = ({row["Answer"] for row in part} for part in (kept, held))
     assert kept_answers & held_answers == {"Yes."}
     assert any(len(answer) > 100 for answer in kept_answers) and any(len(answer) > 100 for answer in held_answers)
-    assert len(kept) + len(held) < len(rows)
+    assert 0 < len(rows) - len(kept) - len(held) == int(capsys.readouterr().out.split("left out: ")[1].split()[0])
     long = [row["Answer"] for row in held if len(row["Answer"]) > 100]
     assert len(set(long)) == len(long)  # both halves of the report would else know one answer
 
