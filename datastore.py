@@ -348,7 +348,7 @@ def build_index(keys, factory, seed=0):
         if "IVF" in factory:
             ivf = faiss.extract_index_ivf(index)
             lists, ivf.cp.niter = ivf.nlist, 8
-            ivf.nprobe = max(8, lists // 32)
+            ivf.nprobe = max(8, lists // 64)
         if not index.is_trained:
             picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:max(40 * lists, 20_000)])
             sample = keys[picks].astype(np.float32)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
 from datastore import BaseLM, entries_of, hidden_batches, shared_prefix
+from generation import opinions
 
 CHUNK, STRIDE = 128, 64  # tokens of a retrieved passage, and of text predicted behind one retrieval
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -67,6 +68,22 @@ def log_probabilities(base, windows, batch_size=16):
             parts.append(torch.log_softmax(base.logits(part), -1).gather(1, y)[:, 0].cpu().numpy())
             done += len(part)
     return np.concatenate(parts)
+
+
+def score_pair(base, tuned, windows, batch_size=16):
+    """What evaluation.score_positions says of base and memory, with a tuned model in the memory's place."""
+    values, example, position, _ = entries_of(windows)
+    parts, done = {"base": [], "memory": [], "opinions": []}, 0
+    batches = (hidden_batches(model, windows, batch_size) for model in (base, tuned))
+    for (_, first), (_, second) in zip(*batches, strict=True):
+        for pair in zip(first.split(1024), second.split(1024), strict=True):
+            z, m = base.logits(pair[0]), tuned.logits(pair[1])
+            y = torch.from_numpy(values[done:done + len(z)]).long().to(z.device)[:, None]
+            for name, logits in (("base", z), ("memory", m)):
+                parts[name].append(torch.log_softmax(logits, -1).gather(1, y)[:, 0].cpu().numpy())
+            parts["opinions"].append(opinions(z, m).cpu().numpy())
+            done += len(z)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
 
 
 class Retriever:

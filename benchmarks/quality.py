@@ -5,6 +5,7 @@
     python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
+    python benchmarks/quality.py --data DATA --part gated     # LoRA and full tuning under automatic alpha; results/gated.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
     python benchmarks/quality.py --data DATA --part pace      # time a token after --part all; results/pace.json
     python benchmarks/quality.py --data DATA --part all       # every row, with what the factors favour; results/all.json
@@ -34,6 +35,7 @@ MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where 
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
 LARGER_K = (32, 1024)
+PASSES = (2, 6)  # over every row
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
@@ -233,6 +235,28 @@ def more_rates(given, name, lr):
             "mixed_off_domain": evaluation.perplexity(elsewhere[:, best]), "commit": common.COMMIT}
 
 
+def gated(given, name):
+    """Seed 0 of LoRA or full tuning once more, at its best rate and number of steps, under the gate that the memory has."""
+    base, first = BaseLM.load(given.base_model), recorded("quality")["0"][name]
+    rows, held_rows = script.split_rows(options_of(given, 0), TEMPLATE)
+    windows, held = (windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"])
+                     for part in (rows, held_rows))
+    tuned, *_ = tune(base, windows, None, first["lr"], name == "LoRA", most=first["steps"])
+    legal, off, samples = (baselines.score_pair(base, tuned, part) for part in
+                           (held, off_domain_windows(given, base), evaluation.sample_windows(base, SETTINGS["max_length"])))
+    choose, report = evaluation.half(legal, 0), evaluation.half(legal, 1)
+    gate = evaluation.fit_gate([(choose, evaluation.evidence_before(choose), 1),
+                                (samples, evaluation.evidence_before(samples), evaluation.SAMPLES_WEIGHT)])
+    fixed = [evaluation.mix_probabilities(part["base"], part["memory"]) for part in (choose, report, off)]
+    best = int(np.argmin(evaluation.perplexities(fixed[0])))
+    result = {"alpha": float(evaluation.ALPHAS[best]), "commit": common.COMMIT}
+    for where, part, table in (("legal", report, fixed[1]), ("off_domain", off, fixed[2])):
+        auto, alpha = evaluation.gated(gate, part, evaluation.evidence_before(part))
+        result[where] = {"alone": evaluation.perplexity(part["memory"]), "mixed": evaluation.perplexity(table[:, best]),
+                         "auto": evaluation.perplexity(auto), "mean_auto_alpha": float(alpha.mean())}
+    return result
+
+
 def curve(given, rows):
     """Memory, kNN-LM and LoRA after so many rows; everyone gets the seconds that the memory took."""
     folder = f"curve_{rows}"
@@ -251,21 +275,21 @@ def curve(given, rows):
 
 
 def find_quickly(store, keys, k, folder):
-    """find_neighbours looking into a quarter of the lists: what the memory learns from, not what kNN-LM is measured with.
+    """find_neighbours looking into half of the lists: what the memory learns from, not what kNN-LM is measured with.
 
     The recall that script 1 then prints is that of the usual number of lists; this one prints its own.
     """
     ivf = faiss.extract_index_ivf(store.index)
-    usual, ivf.nprobe = ivf.nprobe, max(8, ivf.nprobe // 4)
+    usual, ivf.nprobe = ivf.nprobe, max(8, ivf.nprobe // 2)
     find_neighbours(store, keys, k, folder)
-    print(f"neighbours in a quarter of the lists: recall@{k} {store.recall(keys, k):.3f}", flush=True)
+    print(f"neighbours in half of the lists: recall@{k} {store.recall(keys, k):.3f}", flush=True)
     ivf.nprobe = usual
 
 
-def all_rows(given):
-    """Memory, blends and kNN-LM after every training row there is, with the settings that the factors favour."""
+def all_rows(given, passes):
+    """Memory, blends and kNN-LM after so many passes over every training row, with the settings that the factors favour."""
     with common.replaced(script, "find_neighbours", find_quickly):
-        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": 2})
+        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": passes})
     base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
             "chosen": metrics["chosen"], "knn": knn_at(given, "all_rows", LARGER_K),
@@ -274,11 +298,12 @@ def all_rows(given):
 
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
-         "all": ("all", {"0": (all_rows,)}),
+         "all": ("all", {str(passes): (all_rows, passes) for passes in PASSES}),
          "pace": ("pace", {"all_rows": (pace_of, "all_rows")}),
          "knn": ("knn", {str(seed): (largest_knn, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
+         "gated": ("gated", {name: (gated, name) for name in RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
 
 
