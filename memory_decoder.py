@@ -238,10 +238,13 @@ class MemoryDecoder(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read a file that `save` wrote; it can hold tensors and plain numbers only."""
+        """Read a file that `save` wrote: tensors and plain numbers, nothing else; raises UserError for weights of other shapes."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         decoder = cls(**saved["sizes"])
-        decoder.load_state_dict(saved["weights"])
+        try:
+            decoder.load_state_dict(saved["weights"])
+        except RuntimeError:
+            raise UserError(f"The memory {path} was made by another version of this project; train again.") from None
         return decoder.eval()
 
 

@@ -301,7 +301,7 @@ def estimate_seconds(options, base, windows, entries, weights):
     base.hidden(ids).sum().item()  # a number, so that an accelerator has finished
     parameters, tokens = sum(p.numel() for p in base.decoder.parameters()), sum(len(w.ids) for w in windows)
     pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
-    searched = entries if entries <= 50_000 else entries / 16
+    searched = entries if entries <= 50_000 else entries / 32
     return (2 * parameters * tokens + 6 * weights * entries * options.num_epochs + 2 * base.width * entries * searched) / pace
 
 

@@ -227,6 +227,15 @@ def test_a_topic_is_fitted_once_and_saved_with_the_decoder(tmp_path):
     torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
 
 
+def test_a_file_of_another_shape_is_refused_in_words(tmp_path):
+    make_decoder().save(tmp_path / "decoder.pt")
+    saved = torch.load(tmp_path / "decoder.pt", weights_only=True)
+    saved["weights"]["topic.out.weight"] = torch.zeros(8, 8)
+    torch.save(saved, tmp_path / "decoder.pt")
+    with pytest.raises(UserError, match="another version"):
+        MemoryDecoder.load(tmp_path / "decoder.pt")
+
+
 def test_a_file_from_before_there_were_topics_loads(tmp_path):
     decoder, hidden = make_decoder(), torch.randn(1, 6, 32)
     decoder.save(tmp_path / "decoder.pt")
