@@ -46,6 +46,12 @@ def options_of(given, seed, held_rows=200, **changed):
                           seed=seed, **SETTINGS | changed)
 
 
+def windows_of_seed(given, base, seed):
+    """(windows of the training rows that a seed draws, windows of the held-out rows)."""
+    parts = script.split_rows(options_of(given, seed), TEMPLATE)
+    return [windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"]) for part in parts]
+
+
 def off_domain_windows(given, base, start=0):
     """WikiText-2 in pieces of as many tokens as a window, each a text of its own; <unk> is the unknown token.
 
@@ -156,9 +162,7 @@ def compare(given, seed):
     metrics = common.train(given, folder, seed=seed, **SETTINGS)
     seconds = sum(metrics["seconds"][stage] for stage in ("datastore", "index", "neighbours", "decoder"))
     base = BaseLM.load(given.base_model)
-    rows, held_rows = script.split_rows(options_of(given, seed), TEMPLATE)
-    texts, held_texts = ([TEMPLATE.render(row) for row in part] for part in (rows, held_rows))
-    windows, held = (windows_of(base, part, TEMPLATE, SETTINGS["max_length"]) for part in (texts, held_texts))
+    windows, held = windows_of_seed(given, base, seed)
     off = off_domain_windows(given, base)
     result = {"commit": common.COMMIT, "held_out": metrics["held_out"], "chosen": metrics["chosen"],
               "entries": metrics["entries"], "seconds": metrics["seconds"], "budget": seconds,
@@ -221,9 +225,7 @@ def rivals(given, seed):
 def more_rates(given, name, lr):
     """Seed 0 at a rate beyond the two tried, and as a control for what mixing alone gives, mixed with the base."""
     base, first = BaseLM.load(given.base_model), recorded("quality")["0"]
-    rows, held_rows = script.split_rows(options_of(given, 0), TEMPLATE)
-    windows, held = (windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"])
-                     for part in (rows, held_rows))
+    windows, held = windows_of_seed(given, base, 0)
     off, example = off_domain_windows(given, base), baselines.entries_of(held).example
     tuned, steps, _ = tune(base, windows, None, lr, name == "LoRA", most=first[name]["steps"])
     legal, elsewhere = (evaluation.mix_probabilities(log_probabilities(base, part), log_probabilities(tuned, part))
@@ -238,21 +240,19 @@ def more_rates(given, name, lr):
 def gated(given, name):
     """Seed 0 of LoRA or full tuning once more, at its best rate and number of steps, under the gate that the memory has."""
     base, first = BaseLM.load(given.base_model), recorded("quality")["0"][name]
-    rows, held_rows = script.split_rows(options_of(given, 0), TEMPLATE)
-    windows, held = (windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"])
-                     for part in (rows, held_rows))
+    windows, held = windows_of_seed(given, base, 0)
     tuned, *_ = tune(base, windows, None, first["lr"], name == "LoRA", most=first["steps"])
     legal, off, samples = (baselines.score_pair(base, tuned, part) for part in
                            (held, off_domain_windows(given, base), evaluation.sample_windows(base, SETTINGS["max_length"])))
     choose, report = evaluation.half(legal, 0), evaluation.half(legal, 1)
     gate = evaluation.fit_gate([(choose, evaluation.evidence_before(choose), 1),
                                 (samples, evaluation.evidence_before(samples), evaluation.SAMPLES_WEIGHT)])
-    fixed = [evaluation.mix_probabilities(part["base"], part["memory"]) for part in (choose, report, off)]
-    best = int(np.argmin(evaluation.perplexities(fixed[0])))
+    best = int(np.argmin(evaluation.perplexities(evaluation.mix_probabilities(choose["base"], choose["memory"]))))
     result = {"alpha": float(evaluation.ALPHAS[best]), "commit": common.COMMIT}
-    for where, part, table in (("legal", report, fixed[1]), ("off_domain", off, fixed[2])):
+    for where, part in (("legal", report), ("off_domain", off)):
+        fixed = evaluation.mix_probabilities(part["base"], part["memory"])[:, best]
         auto, alpha = evaluation.gated(gate, part, evaluation.evidence_before(part))
-        result[where] = {"alone": evaluation.perplexity(part["memory"]), "mixed": evaluation.perplexity(table[:, best]),
+        result[where] = {"alone": evaluation.perplexity(part["memory"]), "mixed": evaluation.perplexity(fixed),
                          "auto": evaluation.perplexity(auto), "mean_auto_alpha": float(alpha.mean())}
     return result
 
@@ -275,14 +275,14 @@ def curve(given, rows):
 
 
 def find_quickly(store, keys, k, folder):
-    """find_neighbours looking into half of the lists: what the memory learns from, not what kNN-LM is measured with.
+    """find_neighbours looking into half of the usual lists: what the memory learns from, not what kNN-LM is measured with.
 
     The recall that script 1 then prints is that of the usual number of lists; this one prints its own.
     """
     ivf = faiss.extract_index_ivf(store.index)
     usual, ivf.nprobe = ivf.nprobe, max(8, ivf.nprobe // 2)
     find_neighbours(store, keys, k, folder)
-    print(f"neighbours in half of the lists: recall@{k} {store.recall(keys, k):.3f}", flush=True)
+    print(f"neighbours in half of the usual lists: recall@{k} {store.recall(keys, k):.3f}", flush=True)
     ivf.nprobe = usual
 
 
