@@ -98,6 +98,7 @@ class Options:
     dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
+    weight_decay: float = option(0.01, "AdamW's weight decay; more of it forgets more and predicts new text better")
     batch_size: int = option(16, "windows a step")
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
@@ -119,10 +120,10 @@ class Options:
             raise UserError("--topic is fitted to whole texts; with --positions last leave it at 0.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
-        if not 0 < self.decoder_lr < math.inf or not 0 <= self.kl_weight <= 1 or not 0 <= self.dropout < 1 \
-                or not 0 < self.validation_fraction < 1:
-            raise UserError("--decoder_lr must be above 0, --kl_weight from 0 to 1, --dropout from 0 to below 1, "
-                            "and --validation_fraction between 0 and 1.")
+        if not 0 < self.decoder_lr < math.inf or not 0 <= self.weight_decay < math.inf or not 0 <= self.kl_weight <= 1 \
+                or not 0 <= self.dropout < 1 or not 0 < self.validation_fraction < 1:
+            raise UserError("--decoder_lr must be above 0, --weight_decay at least 0, --kl_weight from 0 to 1, --dropout from 0 "
+                            "to below 1, and --validation_fraction between 0 and 1.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}.")
         pick_device(self.device)
@@ -248,8 +249,8 @@ class Stages:
                                                    values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "batch_size",
-                          "kl_weight", "knn_temperature", "seed", *(["topic"] if options.topic else []))
+        learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
+                          "weight_decay", "batch_size", "kl_weight", "knn_temperature", "seed", *(["topic"] if options.topic else []))
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
         self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)
@@ -387,7 +388,8 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=options.weight_decay,
+                                  fused=True)
     total = per_epoch * options.num_epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -35,7 +35,7 @@ MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where 
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
 LARGER_K = (32, 1024)
-PASSES = (2, 6)  # over every row
+EVERY_ROW = {"2": {"num_epochs": 2}, "6": {"num_epochs": 6}, "4, weight decay 0.5": {"num_epochs": 4, "weight_decay": 0.5}}
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
@@ -286,10 +286,10 @@ def find_quickly(store, keys, k, folder):
     ivf.nprobe = usual
 
 
-def all_rows(given, passes):
-    """Memory, blends and kNN-LM after so many passes over every training row, with the settings that the factors favour."""
+def all_rows(given, changed):
+    """Memory, blends and kNN-LM after training on every row, with the settings that the factors favour, some changed."""
     with common.replaced(script, "find_neighbours", find_quickly):
-        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None, "num_epochs": passes})
+        metrics = common.train(given, "all_rows", **SETTINGS | FAVOURED | {"max_examples": None} | changed)
     base = BaseLM.load(given.base_model)
     return {"held_out": metrics["held_out"], "entries": metrics["entries"], "seconds": metrics["seconds"],
             "chosen": metrics["chosen"], "knn": knn_at(given, "all_rows", LARGER_K),
@@ -298,7 +298,7 @@ def all_rows(given, passes):
 
 PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)}),
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
-         "all": ("all", {str(passes): (all_rows, passes) for passes in PASSES}),
+         "all": ("all", {name: (all_rows, changed) for name, changed in EVERY_ROW.items()}),
          "pace": ("pace", {"all_rows": (pace_of, "all_rows")}),
          "knn": ("knn", {str(seed): (largest_knn, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),

@@ -56,6 +56,7 @@ def parse_args():
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
     add("--embedding_lr", type=float, default=4e-3, help="AdamW's learning rate for embeddings and norms")
+    add("--weight_decay", type=float, default=0.01, help="Muon's weight decay; more passes over the same text want more")
     add("--decay", type=float, default=0.9, help="final share of the steps over which the rate falls to 0")
     add("--checkpoint_minutes", type=float, default=5, help="minutes between checkpoints")
     add("--stop_after_minutes", type=float, default=math.inf, help="checkpoint and stop after so long")
@@ -192,7 +193,7 @@ def make_optimizers(model, args):
     """Muon for the matrices inside the layers, AdamW for embeddings and norms (Jordan et al. 2024)."""
     inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
     outer = [p for p in model.parameters() if not any(p is q for q in inner)]
-    return [torch.optim.Muon(inner, lr=args.lr, weight_decay=0.01, momentum=0.95),
+    return [torch.optim.Muon(inner, lr=args.lr, weight_decay=args.weight_decay, momentum=0.95),
             torch.optim.AdamW(outer, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -203,7 +204,10 @@ def rate_factor(step, steps, decay):
 
 def loss_of(model, batch, device):
     """Mean cross-entropy in nats of batch (B, T+1)."""
-    batch = torch.from_numpy(batch).to(device)
+    batch = torch.from_numpy(batch)
+    if device == "cuda":  # pinned, so that the copy does not wait for the step before
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True)
     with torch.autocast(device, dtype=torch.bfloat16):
         logits = model(batch[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -215,15 +219,19 @@ def bits_per_byte(model, tokenizer, text, length, device):
 
     A special token's name in the text is that token: WikiText's <unk> is read as the unknown token it stands for.
     """
-    ids = np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    ids = torch.tensor(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
     half, nats = length // 2, 0.0
-    starts = range(0, len(ids), half)
-    for start in starts:
-        window = torch.from_numpy(np.concatenate([[2], ids[max(0, start - half):start + half]]))[None].to(device)
-        fresh = len(ids[start:start + half])
+    windows = [(ids[max(0, start - half):start + half], min(half, len(ids) - start)) for start in range(0, len(ids), half)]
+    for first in range(0, len(windows), 16):
+        group = windows[first:first + 16]
+        targets = torch.full((len(group), length), -100)
+        for row, (window, fresh) in zip(targets, group, strict=True):
+            row[len(window) - fresh:len(window)] = window[-fresh:]
+        inputs = torch.nn.utils.rnn.pad_sequence([torch.cat([ids.new_tensor([2]), window[:-1]]) for window, _ in group], True)
         with torch.autocast(device, dtype=torch.bfloat16):
-            logits = model(window[:, :-1], use_cache=False).logits[0, -fresh:]
-        nats += torch.nn.functional.cross_entropy(logits.float(), window[0, -fresh:], reduction="sum").item()
+            logits = model(inputs.to(device), use_cache=False).logits
+        targets = targets[:, :inputs.shape[1]].to(device)
+        nats += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
     return nats / math.log(2) / len(text.encode())
 
 
@@ -290,15 +298,15 @@ def main():
     model = make_model(args)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
     done = train(args, model, tokenizer, tokens, weights, held_out[0].read_text(encoding="utf-8"))
-    for path in [*held_out, *map(Path, args.evaluate)]:
-        result = bits_per_byte(model, tokenizer, path.read_text(encoding="utf-8"), args.max_length, args.device)
-        print(f"bits per byte {result:.3f}  {path.name}", flush=True)
     if done:
         model.to(torch.bfloat16).save_pretrained(args.output_dir)
         for key in ("is_local", "local_files_only"):  # where it was read from is of no use to others
             tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(args.output_dir)
-        print(f"saved {args.output_dir}")
+        print(f"saved {args.output_dir}", flush=True)
+    for path in [*held_out, *map(Path, args.evaluate)]:
+        result = bits_per_byte(model, tokenizer, path.read_text(encoding="utf-8"), args.max_length, args.device)
+        print(f"bits per byte {result:.3f}  {path.name}", flush=True)
 
 
 if __name__ == "__main__":
