@@ -234,8 +234,8 @@ def test_bits_per_byte_equals_scoring_token_by_token(base):
 def settings(folder, stop=math.inf):
     return argparse.Namespace(
         work_dir=folder, vocab_size=512, hidden_size=128, num_layers=1, intermediate_size=32, tokens=2 * 16 * 10, batch_size=2,
-        max_length=16, lr=0.02, embedding_lr=4e-3, weight_decay=0.01, decay=0.5, checkpoint_minutes=5, stop_after_minutes=stop, compile=False,
-        seed=0, device="cpu")
+        max_length=16, lr=0.02, embedding_lr=4e-3, weight_decay=0.01, decay=0.5, checkpoint_minutes=5, stop_after_minutes=stop,
+        compile=False, seed=0, device="cpu")
 
 
 def train(folder, stop=math.inf):

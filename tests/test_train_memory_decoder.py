@@ -462,6 +462,12 @@ def test_another_template_and_a_csv_file_train_from_the_command_to_the_report(ar
     assert read_manifest(tmp_path / "out")["template"] == pattern
 
 
+def test_weight_decay_shrinks_the_weights(six_rows, train, tmp_path):
+    plain, decayed = (MemoryDecoder.load(folder / "memory_decoder.pt").blocks[0].qkv.weight.norm()
+                      for folder in (six_rows, train(tmp_path / "out", "--weight_decay", 50)))
+    assert decayed < 0.95 * plain
+
+
 def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     script.run(parse_options(arguments(tmp_path / "out", "--original", "--num_epochs", 1)))
     cut = [base.encode(text, end=True)[:96] for text in stored_texts(tmp_path / "out")]
@@ -597,7 +603,7 @@ BAD = [
     (("--topic", 8, "--positions", "last"), "--topic is fitted to whole texts"),
     (("--kl_weight", 2), "--kl_weight"), (("--dropout", 1), "--dropout"),
     (("--decoder_lr", 0), "--decoder_lr"),
-    (("--decoder_lr", "nan"), "--decoder_lr"),
+    (("--decoder_lr", "nan"), "--decoder_lr"), (("--weight_decay", -1), "--weight_decay"),
     (("--knn_temperature", 0), "--knn_temperature"),
     (("--validation_fraction", 1), "--validation_fraction"),
     (("--max_length", 3), "--max_length must be at least 8"),
