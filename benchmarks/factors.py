@@ -38,6 +38,9 @@ FACTORS = {
     "kl_weight 0.25": {"kl_weight": 0.25},
     "kl_weight 0.75": {"kl_weight": 0.75},
     "lr 3e-4": {"decoder_lr": 3e-4},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "weight decay 0.5": {"weight_decay": 0.5},
+    "weight decay 2": {"weight_decay": 2.0},
 }
 
 
