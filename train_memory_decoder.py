@@ -100,7 +100,6 @@ class Options:
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
     weight_decay: float = option(0.01, "AdamW's weight decay; more of it forgets more and predicts new text better")
     batch_size: int = option(16, "windows a step")
-    halved: float = option(0.0, "share of steps that read only the first half of their windows, in half the time")
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"])
@@ -121,13 +120,10 @@ class Options:
             raise UserError("--topic is fitted to whole texts; with --positions last leave it at 0.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
-        for name in ("kl_weight", "halved"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}.")
-        if not 0 < self.decoder_lr < math.inf or not 0 <= self.weight_decay < math.inf or not 0 <= self.dropout < 1 \
-                or not 0 < self.validation_fraction < 1:
-            raise UserError("--decoder_lr must be above 0, --weight_decay at least 0, --dropout from 0 to below 1, "
-                            "and --validation_fraction between 0 and 1.")
+        if not 0 < self.decoder_lr < math.inf or not 0 <= self.weight_decay < math.inf or not 0 <= self.kl_weight <= 1 \
+                or not 0 <= self.dropout < 1 or not 0 < self.validation_fraction < 1:
+            raise UserError("--decoder_lr must be above 0, --weight_decay at least 0, --kl_weight from 0 to 1, --dropout from 0 "
+                            "to below 1, and --validation_fraction between 0 and 1.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}.")
         pick_device(self.device)
@@ -254,7 +250,7 @@ class Stages:
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
         learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
-                          "weight_decay", "batch_size", "halved", "kl_weight", "knn_temperature", "seed",
+                          "weight_decay", "batch_size", "kl_weight", "knn_temperature", "seed",
                           *(["topic"] if options.topic else []))
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
@@ -307,9 +303,8 @@ def estimate_seconds(options, base, windows, entries, weights):
     base.hidden(ids).sum().item()  # a number, so that an accelerator has finished
     parameters, tokens = sum(p.numel() for p in base.decoder.parameters()), sum(len(w.ids) for w in windows)
     pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
-    searched = entries if entries <= 50_000 else entries / 64
-    read = entries * options.num_epochs * (1 - options.halved / 2)
-    return (2 * parameters * tokens + 6 * weights * read + 2 * base.width * entries * searched) / pace
+    searched = entries if entries <= 50_000 else entries / 32
+    return (2 * parameters * tokens + 6 * weights * entries * options.num_epochs + 2 * base.width * entries * searched) / pace
 
 
 def build_datastore(options, base, texts, windows, entries, stage):
@@ -353,11 +348,6 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def is_halved(step, share):
-    """Whether this step reads first halves only: true for exactly a share of the steps, evenly spaced."""
-    return int((step + 1) * share) > int(step * share)
-
-
 class Batches:
     """Training tensors by window numbers, read from the memory-mapped keys and neighbours."""
 
@@ -366,13 +356,9 @@ class Batches:
         self.D = np.load(neighbours / "neighbours_D.npy", mmap_mode="r")
         self.I = np.load(neighbours / "neighbours_I.npy", mmap_mode="r")
 
-    def __call__(self, numbers, device, halved=False):
-        """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,).
-
-        halved: only the first half of each window.
-        """
-        spans = [slice(start, (start + end + 1) // 2 if halved else end)
-                 for start, end in zip(self.offsets[numbers], self.offsets[np.add(numbers, 1)], strict=True)]
+    def __call__(self, numbers, device):
+        """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
+        spans = [slice(self.offsets[b], self.offsets[b + 1]) for b in numbers]
         hidden = pad_sequence([torch.from_numpy(self.keys[s].astype(np.float32)) for s in spans], batch_first=True)
         lengths = torch.tensor([s.stop - s.start for s in spans])
         rows = np.concatenate([np.arange(s.start, s.stop) for s in spans])
@@ -418,7 +404,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
             drawn = step * world + accelerator.process_index
             torch.manual_seed((options.seed + drawn) % 2**63)  # dropout, the same after a restart
             numbers = order[(number * world + accelerator.process_index) % len(order)]
-            loss, kl, ce = model(*batches(numbers, accelerator.device, is_halved(step, options.halved)))
+            loss, kl, ce = model(*batches(numbers, accelerator.device))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()

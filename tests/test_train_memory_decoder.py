@@ -25,7 +25,7 @@ import datastore
 import train_memory_decoder as script
 from datastore import BaseLM, Datastore, Template, UserError, entries_of, explain_load_error, open_keys, windows_of
 from memory_decoder import MemoryDecoder, Topic, read_manifest
-from train_memory_decoder import Batches, Options, Stage, epoch_batches, is_halved, parse_options, read_rows, split_rows
+from train_memory_decoder import Options, Stage, epoch_batches, parse_options, read_rows, split_rows
 
 ARTEFACTS = {"memory_decoder.pt", "faiss_index.bin", "datastore_values.npy", "datastore_entries.npz", "examples.jsonl",
              "config.json", "metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"}
@@ -214,9 +214,8 @@ def test_one_seed_trains_one_decoder(six_rows, train, tmp_path):
     assert_same_training(six_rows, train(tmp_path / "again"))
 
 
-@pytest.mark.parametrize("change", [("--seed", 1), ("--halved", 0.5)])
-def test_another_seed_or_halved_steps_train_another_decoder(change, six_rows, train, tmp_path):
-    train(tmp_path / "other", *change)
+def test_another_seed_trains_another_decoder(six_rows, train, tmp_path):
+    train(tmp_path / "other", "--seed", 1)
     assert (tmp_path / "other/memory_decoder.pt").read_bytes() != (six_rows / "memory_decoder.pt").read_bytes()
 
 
@@ -550,30 +549,6 @@ def test_windows_of_like_length_share_a_batch():
     assert padded < 1.1 * lengths.sum() < (16 * shuffled.max(1)).sum()
 
 
-@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.7, 1])
-def test_a_share_of_the_steps_is_halved_and_they_are_spread_evenly(share):
-    halved = [is_halved(step, share) for step in range(100)]
-    assert sum(halved) == round(100 * share)
-    assert all(abs(sum(halved[start:start + 20]) - 20 * share) <= 1 for start in range(0, 81, 7))
-
-
-def test_a_halved_step_reads_the_first_half_of_each_window(six_rows, base):
-    store, found = (next(six_rows.glob(f"stages/{name}-*")) for name in ("datastore", "neighbours"))
-    texts = Datastore.open(six_rows).texts
-    entries = entries_of(windows_of(base, texts, TEMPLATE, 96))
-    batches = Batches(open_keys(store / "keys.f16", base.width), entries, found, 1.0)
-    numbers = [0, len(entries.offsets) - 2]
-    whole, half = batches(numbers, "cpu"), batches(numbers, "cpu", halved=True)
-    counts = np.diff(entries.offsets)[numbers]
-    assert half[1].sum(1).tolist() == [-(-count // 2) for count in counts]
-    start = 0
-    for row, count in enumerate(counts):
-        kept = -(-count // 2)
-        assert torch.equal(half[0][row, :kept], whole[0][row, :kept])
-        assert half[4][half[1][:row].sum():][:kept].tolist() == whole[4][start:start + kept].tolist()
-        start += count
-
-
 def test_a_stage_has_the_same_folder_only_for_the_same_inputs_and_parents(tmp_path):
     parent, other = (Stage(tmp_path, "datastore", [n]) for n in (1, 2))
     stages = [Stage(tmp_path, "index", inputs, above) for inputs in (["Flat"], ["IVF4"]) for above in (parent, other, None)]
@@ -626,7 +601,7 @@ BAD = [
     (("--batch_size", -1), "--batch_size must be at least 1"),
     (("--topic", -1), "--topic must be at least 0"),
     (("--topic", 8, "--positions", "last"), "--topic is fitted to whole texts"),
-    (("--kl_weight", 2), "--kl_weight"), (("--halved", 1.1), "--halved"), (("--dropout", 1), "--dropout"),
+    (("--kl_weight", 2), "--kl_weight"), (("--dropout", 1), "--dropout"),
     (("--decoder_lr", 0), "--decoder_lr"),
     (("--decoder_lr", "nan"), "--decoder_lr"), (("--weight_decay", -1), "--weight_decay"),
     (("--knn_temperature", 0), "--knn_temperature"),
