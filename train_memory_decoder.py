@@ -62,7 +62,7 @@ DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo
         # The topic vector finds the right topic more often, on average over trainings.
         "context": 16, "topic": 128,
         # A chat asks about what is remembered: more passes at a higher rate, nothing dropped and less KL remember it word for word.
-        "num_epochs": 5, "decoder_lr": 2e-3, "weight_decay": 0.1, "dropout": 0.0, "kl_weight": 0.2}
+        "num_epochs": 5, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.2}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "topic": 0, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 MOST_VALIDATION_ROWS = 200
