@@ -98,7 +98,7 @@ class Options:
     dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
-    weight_decay: float = option(0.01, "AdamW's weight decay; more of it forgets more and predicts new text better")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
     batch_size: int = option(16, "windows a step")
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
