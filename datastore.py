@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 SMALL_MODEL = 1_000_000_000  # parameters below which a CPU computes in float32
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
+PROBED = 64  # a search looks into one of so many inverted lists
 SEARCH_CHUNK = 8192  # queries a faiss call
 
 
@@ -348,7 +349,7 @@ def build_index(keys, factory, seed=0):
         if "IVF" in factory:
             ivf = faiss.extract_index_ivf(index)
             lists, ivf.cp.niter = ivf.nlist, 8
-            ivf.nprobe = max(8, lists // 64)
+            ivf.nprobe = max(8, lists // PROBED)
         if not index.is_trained:
             picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:max(40 * lists, 20_000)])
             sample = keys[picks].astype(np.float32)

@@ -33,6 +33,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import evaluation
 from datastore import (
+    FLAT_LIMIT,
+    PROBED,
     BaseLM,
     Datastore,
     Template,
@@ -303,7 +305,7 @@ def estimate_seconds(options, base, windows, entries, weights):
     base.hidden(ids).sum().item()  # a number, so that an accelerator has finished
     parameters, tokens = sum(p.numel() for p in base.decoder.parameters()), sum(len(w.ids) for w in windows)
     pace = 2 * parameters * ids.numel() / max(time.monotonic() - began, 1e-4)
-    searched = entries if entries <= 50_000 else entries / 64
+    searched = entries if entries <= FLAT_LIMIT else entries / PROBED
     return (2 * parameters * tokens + 6 * weights * entries * options.num_epochs + 2 * base.width * entries * searched) / pace
 
 
@@ -389,8 +391,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=options.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=options.weight_decay, fused=True)
     total = per_epoch * options.num_epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,7 +57,7 @@ def parse_args():
     add("--max_length", type=int, default=512, help="tokens a sequence, BOS among them")
     add("--lr", type=float, default=0.02, help="Muon's learning rate for matrices")
     add("--embedding_lr", type=float, default=4e-3, help="AdamW's learning rate for embeddings and norms")
-    add("--weight_decay", type=float, default=0.01, help="Muon's weight decay; more passes over the same text want more")
+    add("--weight_decay", type=float, default=0.01, help="Muon's weight decay")
     add("--decay", type=float, default=0.9, help="final share of the steps over which the rate falls to 0")
     add("--checkpoint_minutes", type=float, default=5, help="minutes between checkpoints")
     add("--stop_after_minutes", type=float, default=math.inf, help="checkpoint and stop after so long")
@@ -220,18 +221,17 @@ def bits_per_byte(model, tokenizer, text, length, device):
     A special token's name in the text is that token: WikiText's <unk> is read as the unknown token it stands for.
     """
     ids = torch.tensor(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-    half, nats = length // 2, 0.0
-    windows = [(ids[max(0, start - half):start + half], min(half, len(ids) - start)) for start in range(0, len(ids), half)]
-    for first in range(0, len(windows), 16):
-        group = windows[first:first + 16]
-        targets = torch.full((len(group), length), -100)
-        for row, (window, fresh) in zip(targets, group, strict=True):
-            row[len(window) - fresh:len(window)] = window[-fresh:]
-        inputs = torch.nn.utils.rnn.pad_sequence([torch.cat([ids.new_tensor([2]), window[:-1]]) for window, _ in group], True)
+    half, nats, inputs, targets = length // 2, 0.0, [], []
+    for start in range(0, len(ids), half):
+        window, known = ids[max(0, start - half):start + half], min(start, half)
+        inputs.append(torch.cat([ids.new_tensor([2]), window[:-1]]))
+        targets.append(torch.cat([ids.new_full((known,), -100), window[known:]]))  # -100: what cross_entropy leaves out
+    for first in range(0, len(inputs), 16):
+        x, y = (pad_sequence(part[first:first + 16], batch_first=True, padding_value=value).to(device)
+                for part, value in ((inputs, 0), (targets, -100)))
         with torch.autocast(device, dtype=torch.bfloat16):
-            logits = model(inputs.to(device), use_cache=False).logits
-        targets = targets[:, :inputs.shape[1]].to(device)
-        nats += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
+            logits = model(x, use_cache=False).logits
+        nats += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
     return nats / math.log(2) / len(text.encode())
 
 

@@ -216,8 +216,9 @@ def test_the_rate_warms_up_stays_and_falls_to_nearly_nothing():
     assert np.diff(rates[600:]) == pytest.approx(-1 / 400) and rates[-1] == pytest.approx(1 / 400)
 
 
-def test_bits_per_byte_equals_scoring_token_by_token(base):
-    text, length, half = "Ünder the <unk> lease, no. 12 " + ROWS[0]["Answer"][:147], 32, 16
+@pytest.mark.parametrize("length", [32, 6])  # one batch of windows, and several
+def test_bits_per_byte_equals_scoring_token_by_token(length, base):
+    text, half = "Ünder the <unk> lease, no. 12 " + ROWS[0]["Answer"][:147], length // 2
     ids = base.tokenizer(text, add_special_tokens=False).input_ids
     assert ids.count(base.tokenizer.unk_token_id) == 1
     assert len(ids) > 2 * length and len(ids) % half
