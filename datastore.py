@@ -274,17 +274,19 @@ class Entries(NamedTuple):
     values: np.ndarray  # (N,) int32, the next token
     example: np.ndarray  # (N,) int32, which text
     position: np.ndarray  # (N,) int32, the key's place in that text's ids
+    read: np.ndarray  # (N,) int32, the token there
     offsets: np.ndarray  # (B+1,) int64: window b holds entries offsets[b]:offsets[b+1]
 
 
 def entries_of(windows):
     """The Entries of all windows, in their order."""
     values = [token for w in windows for token in w.ids[w.skip + 1:]]
+    read = [token for w in windows for token in w.ids[w.skip:-1]]
     counts = [len(w.ids) - 1 - w.skip for w in windows]
     example = np.repeat(np.array([w.example for w in windows], np.int32), counts)
     position = [w.position + i for w, count in zip(windows, counts, strict=True) for i in range(count)]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Entries(np.array(values, np.int32), example, np.array(position, np.int32), offsets)
+    return Entries(np.array(values, np.int32), example, np.array(position, np.int32), np.array(read, np.int32), offsets)
 
 
 def hidden_batches(base, windows, batch_size):

@@ -51,15 +51,15 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store also knn (P, S) and blend_logits
     (P, A); and of int32: example (P,), position (P,).
     """
-    values, example, position, offsets = entries_of(windows)
+    values, example, position, read, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
     rows, cached = (max(1, most // base.vocabulary) for most in (LOGITS_AT_ONCE // 4, LOGITS_IN_CACHE))
     parts = {name: [] for name in ("base", "memory", "opinions", *(("knn", "blend_logits") if store else ()))}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
             counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
-            sequences = pad_sequence(list(hidden.float().split(counts)), batch_first=True)
-            features = decoder.features(sequences)
+            tokens = torch.from_numpy(read[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)
+            features = decoder.features(*(pad_sequence(list(x.split(counts)), batch_first=True) for x in (hidden.float(), tokens)))
             features = torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
             targets = values[offsets[first]:offsets[first] + len(hidden)]
             if store:

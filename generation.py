@@ -117,7 +117,7 @@ class MemoryAugmentedLM:
         while True:
             hidden = self.base.hidden(new, cache)
             hidden = hidden[0, skip:]
-            features = self.decoder.features(hidden[None].float(), memory_cache)[0]
+            features = self.decoder.features(hidden[None].float(), new[:, skip:].to(hidden.device), memory_cache)[0]
             if evidence is not None:
                 self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
             logits = self.base.logits(hidden[-1]), self.decoder.output_projection(features[-1])

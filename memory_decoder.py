@@ -10,6 +10,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -83,10 +84,10 @@ def attend(q, k, v, seen):
 
 
 class DecoderCache:
-    """What decoding one position after another keeps: each block's last context-1 keys and values, the sum of all states."""
+    """What decoding one position after another keeps: each block's last context-1 keys and values, the topic's sum of tokens."""
 
     def __init__(self):
-        self.stored, self.total, self.count = {}, 0, 0
+        self.stored, self.total = {}, 0
 
     def append(self, block, k, v):
         """Keys and values (B, heads, S, C/heads) that the new positions may look at, themselves last."""
@@ -98,61 +99,95 @@ class DecoderCache:
 
 
 class Topic(nn.Module):
-    """Says what a text is about, from the mean of its hidden states so far: a fixed map fitted in closed form, then a learned one.
+    """Which stored text a text is most like, from the tokens read so far; each of them has a learned vector.
 
-    A network fitted to a few hundred questions tells them apart word by word; the mean of their states, mapped to where such
-    texts go on, is far nearer for the same question in other words than for another. Mikolov and Zweig 2012 feed a
-    recurrent language model with a topic vector in this way.
+    A network fitted to a few hundred questions tells them apart word by word, and is lost before the same question in other
+    words. So every token has a fixed vector here, fitted in closed form such that the sum over a text's beginning points to how
+    the rest goes on; the nearest of `count` centres, one a stored text or a cluster of them, is the text's topic so far. Vector
+    quantisation as in van den Oord et al. 2017 (arXiv 1711.00937), the codes given by the data instead of learned.
     """
 
-    WINDOW = 32  # states that a window needs to be fitted to
-    WINDOWS = 20_000  # of them at most
-    SPLITS = 4  # places at which each is parted
+    RANK = 128  # of the map; numbers in a centre
+    WINDOW = 32  # tokens that a window needs to have a topic
+    SPLITS = 32  # places at which each is parted
+    FITTED = 2_500  # windows, at most, that the map is fitted to
 
-    def __init__(self, hidden_size, rank, width):
+    def __init__(self, vocab_size, count, width):
         super().__init__()
-        self.register_buffer("centre", torch.zeros(hidden_size))
-        self.register_buffer("map", torch.zeros(hidden_size, min(rank, hidden_size)))
-        self.out = nn.Linear(self.map.shape[1], width, bias=False)
-        nn.init.normal_(self.out.weight, std=self.map.shape[1] ** -0.5)
+        self.register_buffer("table", torch.zeros(vocab_size, self.RANK))
+        self.register_buffer("centres", torch.zeros(count, self.RANK))
+        self.out = nn.Embedding(count, width)
 
-    def forward(self, hidden, cache=None):
-        """(B, T, C) for hidden states (B, T, H) in float32, each seeing itself and those before."""
-        total, count = hidden.cumsum(1), torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+    def forward(self, tokens, cache=None):
+        """(B, T, C) for tokens (B, T), each place seeing itself and those before."""
+        total = self.table[tokens].cumsum(1)
         if cache is not None:
-            total, count = total + cache.total, count + cache.count
-            cache.total, cache.count = total[:, -1:], cache.count + hidden.shape[1]
-        return self.out(F.normalize((total / count - self.centre) @ self.map, dim=-1) * self.map.shape[1] ** 0.5)
+            total = total + cache.total
+            cache.total = total[:, -1:]
+        with torch.autocast(total.device.type, enabled=False):
+            return self.out((total @ self.centres.T).argmax(-1))
+
+    @classmethod
+    def windows(cls, offsets):
+        """(start, end) of the windows that are long enough; raises UserError when none is."""
+        found = [(start, end) for start, end in pairwise(offsets) if end - start >= cls.WINDOW]
+        if not found:
+            raise UserError(f"Topics are fitted to texts of at least {cls.WINDOW} entries, and there are none; leave --topic at 0.")
+        return found
+
+    @classmethod
+    def splits(cls, length):
+        """Numbers of tokens (SPLITS,) after which a window of so many is parted."""
+        return torch.linspace(cls.WINDOW // 4, length - cls.WINDOW // 4, cls.SPLITS).long()
 
     @torch.no_grad()
-    def fit(self, keys, offsets, seed=0):
-        """Fit the fixed map to the windows keys[offsets[i]:offsets[i + 1]] of hidden states (N, H).
+    def fit(self, embeddings, tokens, windows, seed=0):
+        """Fit table and centres to the windows tokens[start:end], given the base model's embeddings (V, H), on the CPU.
 
-        Ridge regression of reduced rank (Izenman 1975) of the mean state of a window's rest on the mean state before it;
-        both means are whitened by the covariance of single states, since that is their noise, and the second then by its own.
-        Raises UserError when no window has WINDOW states.
+        A centre is the mean direction over a window's beginnings, or a cluster of those.
         """
-        rng = np.random.default_rng(seed)
-        windows = [(start, end) for start, end in pairwise(offsets) if end - start >= self.WINDOW]
-        if not windows:
-            raise UserError(f"A topic vector is fitted to texts of at least {self.WINDOW} entries, and there are none; "
-                            "leave --topic at 0.")
-        first, rest = [], []
-        for i in np.sort(rng.permutation(len(windows))[:self.WINDOWS]):
-            start, end = windows[i]
-            total = torch.from_numpy(keys[start:end].astype(np.float32)).cumsum(0)
-            for n in rng.integers(self.WINDOW // 4, (end - start) // 2 + 1, self.SPLITS):
-                first.append(total[n - 1] / n), rest.append((total[-1] - total[n - 1]) / (end - start - n))
-        first, rest = torch.stack(first), torch.stack(rest)
-        states = torch.from_numpy(keys[np.sort(rng.permutation(len(keys))[:20_000])].astype(np.float32))
-        centre, white = first.mean(0), whitening(states, 1e-3)
-        first, rest = (first - centre) @ white, (rest - rest.mean(0)) @ white
-        rest = rest @ whitening(rest, 0.03)
-        gram = first.T @ first
-        ridge = (gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram))
-        solved = torch.linalg.solve(gram + ridge, first.T @ rest)
-        _, axes = torch.linalg.eigh(solved.T @ gram @ solved)  # of what is predicted
-        self.centre.copy_(centre), self.map.copy_(white @ solved @ axes[:, -self.map.shape[1]:])
+        centre, projection = fit_map(embeddings, tokens, windows, seed)
+        r = projection.shape[1]  # less than RANK for a very narrow base model
+        for rows, part in zip(self.table.split(16_384), embeddings.split(16_384), strict=True):
+            rows[:, :r] = (part.float() - centre) @ projection
+        sums = (self.table[tokens[start:end]].cumsum(0) for start, end in windows)
+        begun = torch.stack([F.normalize(total[self.splits(len(total)) - 1], dim=-1).mean(0) for total in sums])
+        self.centres.copy_(cluster(F.normalize(begun, dim=-1), len(self.centres), seed))
+        # Like topics start alike, and small, so that training soon tells them apart.
+        mix = torch.randn(self.RANK, self.out.embedding_dim, generator=torch.Generator().manual_seed(seed))
+        self.out.weight.copy_(0.3 * self.centres @ mix)
+
+
+def fit_map(embeddings, tokens, windows, seed):
+    """(centre (H,), projection (H, R)) by which the mean embedding of a window's beginning tells that of its rest.
+
+    Ridge regression of reduced rank (Izenman 1975) of the rest's mean on the beginning's; both are whitened by the covariance
+    of single tokens, since that is their noise, and the rest's then by its own.
+    """
+    rng, first, rest = np.random.default_rng(seed), [], []
+    for i in np.sort(rng.permutation(len(windows))[:Topic.FITTED]):
+        start, end = windows[i]
+        n, total = Topic.splits(end - start), embeddings[tokens[start:end]].float().cumsum(0)
+        first.append(total[n - 1] / n[:, None]), rest.append((total[-1] - total[n - 1]) / (end - start - n)[:, None])
+    first, rest = torch.cat(first), torch.cat(rest)
+    sample = embeddings[tokens[np.sort(rng.permutation(len(tokens))[:20_000])]].float()
+    centre, white = first.mean(0), whitening(sample, 1e-3)
+    first, rest = (first - centre) @ white, (rest - rest.mean(0)) @ white
+    rest = rest @ whitening(rest, 0.03)
+    gram = first.T @ first
+    ridge = (0.3 * gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram))
+    solved = torch.linalg.solve(gram + ridge, first.T @ rest)
+    _, axes = torch.linalg.eigh(solved.T @ gram @ solved)  # of what is predicted
+    return centre, white @ solved @ axes[:, -Topic.RANK:]
+
+
+def cluster(x, count, seed):
+    """count directions (count, R) for unit rows x (P, R): the rows themselves, or spherical k-means of them when there are more."""
+    if len(x) == count:
+        return x
+    kmeans = faiss.Kmeans(x.shape[1], count, seed=seed, spherical=True, min_points_per_centroid=1)
+    kmeans.train(x.numpy())
+    return torch.from_numpy(kmeans.centroids)
 
 
 def whitening(x, share):
@@ -166,8 +201,8 @@ class MemoryDecoder(nn.Module):
     """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> output projection -> logits (B, T, V).
-    With context=1 and without a topic every position is read alone, as in the original demo. topic: rank of the Topic that
-    every layer also reads; 0: none.
+    With context=1 and without topics every position is read alone, as in the original demo. topic: number of topics, one of
+    which, named by the tokens read, every layer reads too (Topic); 0: none.
     """
 
     def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True,
@@ -181,15 +216,18 @@ class MemoryDecoder(nn.Module):
                       "topic": topic}
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
-        self.topic = Topic(hidden_size, topic, decoder_dim) if topic else None
+        self.topic = Topic(vocab_size, topic, decoder_dim) if topic else None
         self.dropout = dropout
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, vocab_size)
 
-    def features(self, hidden, cache=None):
-        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
-        topic = self.topic(hidden, cache) if self.topic else 0
+    def features(self, hidden, read=None, cache=None):
+        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32.
+
+        read (B, T): the tokens whose states they are; a decoder without topics does not ask for them.
+        """
+        topic = self.topic(read, cache) if self.topic else 0
         if self.training and self.sizes["context"] > 1:  # whole states go, so that a part of a question is cue enough
             hidden = hidden * (torch.rand_like(hidden[..., :1]) >= self.dropout)
         x = self.input_norm(self.input_projection(hidden))
@@ -197,8 +235,8 @@ class MemoryDecoder(nn.Module):
             x = block(x, topic, cache)
         return self.output_norm(x)
 
-    def forward(self, hidden, cache=None):
-        return self.output_projection(self.features(hidden, cache))
+    def forward(self, hidden, read=None, cache=None):
+        return self.output_projection(self.features(hidden, read, cache))
 
     @torch.no_grad()
     def start_from_head(self, head, keys):
@@ -320,9 +358,9 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.decoder, self.kl_weight = decoder, kl_weight
 
-    def forward(self, hidden, real, tokens, weights, targets):
-        """hidden (B, T, H), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
-        features = self.decoder.features(hidden)[real]
+    def forward(self, hidden, read, real, tokens, weights, targets):
+        """hidden (B, T, H), read (B, T), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
+        features = self.decoder.features(hidden, read)[real]
         return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight)
 
 

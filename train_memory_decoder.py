@@ -54,15 +54,15 @@ from datastore import (
     write_atomically,
     write_keys,
 )
-from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, file_checksum
+from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, Topic, TrainingLoss, file_checksum
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo/legal_qa.jsonl"),
         "output_dir": str(HERE / "demo/trained_models"), "template": "Question: {Question}\nAnswer: {Answer}",
         "max_length": 512, "batch_size": 4,
         # Attention over a few states falls back on stored sentences when a question is new; over many it loses its way.
-        # The topic vector finds the right topic more often, on average over trainings.
-        "context": 16, "topic": 128,
+        # Topics, one a stored text, lead a question in other words to it.
+        "context": 16, "topic": 1024,
         # A chat asks about what is remembered: more passes at a higher rate, nothing dropped and less KL remember it word for word.
         "num_epochs": 5, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.2}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "topic": 0, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
@@ -92,9 +92,9 @@ class Options:
     knn_temperature: float | None = option(None, "of the kNN weights, in squared distance; inf: equal votes; "
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
-    context: int = option(128, "query states that attention reaches back; 1 reads each alone, but for a topic")
-    topic: int = option(0, "rank of a topic vector, from the mean of the query states so far, that every layer also reads; 0: "
-                           "none. For a chat that answers each question alone (app.py --max_turns 0)")
+    context: int = option(128, "query states that attention reaches back; 1 reads each alone, but for topics")
+    topic: int = option(0, "number of topics, one a stored text where there are enough, of which every layer reads the nearest to "
+                           "the tokens so far; 0: none. For a chat that answers each question alone (app.py --max_turns 0)")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
     dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
@@ -119,7 +119,7 @@ class Options:
         if self.topic < 0:
             raise UserError(f"--topic must be at least 0, not {self.topic}.")
         if self.topic and self.positions == "last":
-            raise UserError("--topic is fitted to whole texts; with --positions last leave it at 0.")
+            raise UserError("Topics are fitted to whole texts; with --positions last leave --topic at 0.")
         if self.max_length < 8:
             raise UserError(f"--max_length must be at least 8, not {self.max_length}.")
         if not 0 < self.decoder_lr < math.inf or not 0 <= self.weight_decay < math.inf or not 0 <= self.kl_weight <= 1 \
@@ -351,32 +351,35 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 
 class Batches:
-    """Training tensors by window numbers, read from the memory-mapped keys and neighbours."""
+    """Training tensors by window numbers, from the memory-mapped keys and neighbours."""
 
     def __init__(self, keys, entries, neighbours, temperature):
-        self.keys, self.values, self.offsets, self.temperature = keys, entries.values, entries.offsets, temperature
+        self.keys, self.entries, self.temperature = keys, entries, temperature
         self.D = np.load(neighbours / "neighbours_D.npy", mmap_mode="r")
         self.I = np.load(neighbours / "neighbours_I.npy", mmap_mode="r")
 
     def __call__(self, numbers, device):
-        """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
-        spans = [slice(self.offsets[b], self.offsets[b + 1]) for b in numbers]
-        hidden = pad_sequence([torch.from_numpy(self.keys[s].astype(np.float32)) for s in spans], batch_first=True)
+        """hidden (B, T, H), read (B, T), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
+        values, offsets = self.entries.values, self.entries.offsets
+        spans = [slice(offsets[b], offsets[b + 1]) for b in numbers]
+        hidden, read = (pad_sequence([torch.from_numpy(x[s].astype(kind)) for s in spans], batch_first=True)
+                        for x, kind in ((self.keys, np.float32), (self.entries.read, np.int64)))
         lengths = torch.tensor([s.stop - s.start for s in spans])
         rows = np.concatenate([np.arange(s.start, s.stop) for s in spans])
         weights = knn_weights(self.D[rows], self.temperature).astype(np.float32)
-        arrays = (self.values[self.I[rows]].astype(np.int64), weights, self.values[rows].astype(np.int64))
+        arrays = (values[self.I[rows]].astype(np.int64), weights, values[rows].astype(np.int64))
         real = torch.arange(hidden.shape[1]) < lengths[:, None]
-        return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
+        return tuple(x.to(device) for x in (hidden, read, real, *map(torch.from_numpy, arrays)))
 
 
-def make_decoder(options, base, keys, offsets):
+def make_decoder(options, base, keys, entries):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
-    decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context, topic=options.topic,
-                            norm_first=options.norm == "pre", dropout=options.dropout)
-    if options.topic:
-        decoder.topic.fit(keys, offsets, options.seed)
+    topical = Topic.windows(entries.offsets) if options.topic else []
+    decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
+                            topic=min(options.topic, len(topical)), norm_first=options.norm == "pre", dropout=options.dropout)
+    if topical:
+        decoder.topic.fit(base.head.weight.detach().cpu(), entries.read, topical, options.seed)
     if options.head_init == "base":
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
         decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))
@@ -387,7 +390,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
     stage = stages.decoder
     batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours))
-    decoder = make_decoder(options, base, keys, entries.offsets)
+    decoder = make_decoder(options, base, keys, entries)
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
     model = TrainingLoss(decoder, options.kl_weight)

@@ -72,7 +72,7 @@ def log_probabilities(base, windows, batch_size=16):
 
 def score_pair(base, tuned, windows, batch_size=16):
     """What evaluation.score_positions says of base and memory, with a tuned model in the memory's place."""
-    values, example, position, _ = entries_of(windows)
+    values, example, position, *_ = entries_of(windows)
     parts, done = {"base": [], "memory": [], "opinions": []}, 0
     batches = (hidden_batches(model, windows, batch_size) for model in (base, tuned))
     for (_, first), (_, second) in zip(*batches, strict=True):

@@ -28,7 +28,7 @@ TEXTS = [TEMPLATE.render(row) for row in ROWS[:6]]
 
 
 def keys_on_disk(base, windows, path, batch_size=4):
-    write_keys(base, windows, entries_of(windows)[3], path, batch_size)
+    write_keys(base, windows, entries_of(windows).offsets, path, batch_size)
     return open_keys(path, base.width)
 
 
@@ -70,9 +70,9 @@ def test_a_template_that_cannot_work_is_refused_in_words(pattern):
 def test_windows_make_exactly_one_entry_of_every_position_with_its_own_next_token(length, skip):
     ids = [2, *range(100, 100 + length - 1)]
     windows = make_windows(0, ids, 32, skip)
-    values, _, position, offsets = entries_of(windows)
+    values, _, position, read, offsets = entries_of(windows)
     assert sorted(position) == list(range(skip, length - 1))
-    assert [ids[p + 1] for p in position] == values.tolist()
+    assert [ids[p + 1] for p in position] == values.tolist() and [ids[p] for p in position] == read.tolist()
     assert all(len(w.ids) <= 32 and w.ids[0] == 2 for w in windows)
     assert offsets[-1] == len(values)
 
@@ -84,13 +84,13 @@ def test_windows_after_the_first_have_context():
 
 def test_positions_whose_prefix_is_only_template_are_no_entries(base):
     windows = windows_of(base, TEXTS, TEMPLATE, 512)
-    _, _, position, _ = entries_of(windows)
+    position = entries_of(windows).position
     assert position.min() == len(base.encode("Title:"))
 
 
 def test_last_gives_one_entry_a_row(base):
     windows = windows_of(base, TEXTS, TEMPLATE, 64, "last")
-    values, example, position, _ = entries_of(windows)
+    values, example, position, *_ = entries_of(windows)
     assert sorted(example) == list(range(len(TEXTS)))
     ids = [base.encode(text, end=True)[:64] for text in TEXTS]
     assert [ids[e][-1] for e in example] == values.tolist() and set(position) == {62}

@@ -23,7 +23,7 @@ def keys_and_store(base):
     """Keys (N, H) and the exact datastore of four rows."""
     texts = [TEMPLATE.render(row) for row in ROWS[1:40:10]]
     windows = windows_of(base, texts, TEMPLATE, LENGTH)
-    values, example, position, _ = entries_of(windows)
+    values, example, position, *_ = entries_of(windows)
     keys = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 1)]).to(torch.float16).numpy()
     index, mean = build_index(keys, "Flat")
     return keys, Datastore(index, mean, values, example, position, texts)

@@ -96,8 +96,8 @@ def take(way, monkeypatch):
 
 
 def with_any_topic(decoder):
-    """The decoder with a topic map drawn at random in place of a fitted one."""
-    torch.nn.init.normal_(decoder.topic.map), torch.nn.init.normal_(decoder.topic.centre)
+    """The decoder with topics drawn at random in place of fitted ones."""
+    torch.nn.init.normal_(decoder.topic.table), torch.nn.init.normal_(decoder.topic.centres)
     return decoder
 
 
@@ -106,10 +106,11 @@ def with_any_topic(decoder):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_cached_decoding_equals_reading_the_whole_sequence(monkeypatch, context, norm_first, way):
     take(way, monkeypatch)
-    decoder, hidden = with_any_topic(make_decoder(context=context, norm_first=norm_first, topic=8)), torch.randn(1, 20, 32)
-    cache = DecoderCache()
-    pieces = [decoder(hidden[:, :7], cache), *(decoder(hidden[:, i:i + 1], cache) for i in range(7, 20))]
-    torch.testing.assert_close(torch.cat(pieces, 1), decoder(hidden), atol=1e-5, rtol=1e-5)
+    decoder = with_any_topic(make_decoder(context=context, norm_first=norm_first, topic=8))
+    hidden, read, cache = torch.randn(1, 20, 32), torch.randint(512, (1, 20)), DecoderCache()
+    parts = [slice(0, 7), *(slice(i, i + 1) for i in range(7, 20))]
+    pieces = [decoder(hidden[:, part], read[:, part], cache) for part in parts]
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder(hidden, read), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("context", [1, 5, 99])
@@ -154,15 +155,25 @@ def test_dropout_acts_in_training_and_not_after_loading(tmp_path):
     torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder.eval()(hidden))
 
 
-@pytest.mark.parametrize("topic", [0, 8])
-def test_no_position_sees_a_later_one(topic):
-    decoder, hidden = make_decoder(context=8, topic=topic), torch.randn(1, 12, 32)
-    decoder = with_any_topic(decoder) if topic else decoder
+def test_no_position_sees_a_later_one():
+    decoder, hidden = make_decoder(context=8), torch.randn(1, 12, 32)
     changed = hidden.clone()
     changed[:, 7] += 1
     before, after = decoder(hidden), decoder(changed)
     torch.testing.assert_close(before[:, :7], after[:, :7])
     assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).min() > 1e-4
+
+
+def test_a_topic_changes_where_a_token_changes_it_and_not_before():
+    decoder, hidden = with_any_topic(make_decoder(context=1, topic=8)), torch.randn(1, 12, 32)
+    read = torch.randint(512, (1, 12))
+    changed = read.clone()
+    with torch.no_grad():
+        changed[:, 7], decoder.topic.table[5] = 5, 100 * decoder.topic.centres[3]  # a token that outweighs all others
+    before, after = decoder(hidden, read), decoder(hidden, changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    torch.testing.assert_close(decoder.topic(changed)[0, 7:], decoder.topic.out.weight[3].expand(5, -1))
+    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).max() > 1e-4
 
 
 def test_context_one_reads_every_position_alone_and_a_longer_one_does_not():
@@ -172,65 +183,87 @@ def test_context_one_reads_every_position_alone_and_a_longer_one_does_not():
     assert (wide(hidden)[:, 4:] - wide(hidden[:, 4:])).abs().max() > 1e-3
 
 
-def test_a_topic_vector_is_the_mapped_mean_of_the_states_so_far():
-    topic, hidden = with_any_topic(make_decoder(topic=8)).topic, torch.randn(2, 9, 32)
-    for t in range(9):
-        mapped = (hidden[:, :t + 1].mean(1) - topic.centre) @ topic.map
-        expected = topic.out(mapped / mapped.norm(dim=1, keepdim=True) * 8**0.5)
-        torch.testing.assert_close(topic(hidden)[:, t], expected, atol=1e-5, rtol=1e-5)
+def test_a_topic_is_the_centre_nearest_to_the_sum_of_the_tokens_so_far():
+    topic, read = with_any_topic(make_decoder(topic=8)).topic, torch.randint(512, (2, 9))
+    for b in range(2):
+        for t in range(9):
+            total = sum(topic.table[token] for token in read[b, :t + 1])
+            scores = [float(total @ centre) for centre in topic.centres]
+            torch.testing.assert_close(topic(read)[b, t], topic.out.weight[scores.index(max(scores))])
 
 
-def texts_on(subjects, length=60, width=24, loud=8, seed=0):
-    """Hidden states (N, width) of one text a row of subjects (texts, 4), and offsets.
+EMBEDDINGS = torch.randn(400, 48, generator=torch.Generator().manual_seed(3))
+EMBEDDINGS[128:, :8] *= 8  # tokens that say nothing of a subject differ most
 
-    In each text four directions lean by its subject under noise; `loud` directions differ much more from text to text, and from
-    one half of a text to the other, and say nothing of its subject.
+
+def texts_on(subjects, length=60, seed=0):
+    """Tokens (N,) of one text for each of the subjects (texts,) 0 to 15, and offsets.
+
+    Every second token is one of eight that belong to its subject, the first four in its first half, the others in its second.
+    The rest come from five tokens, drawn anew for each half of each text, out of those that belong to none.
     """
-    draw = np.random.default_rng(seed)
-    states = draw.normal(size=(len(subjects), length, width))
-    states[:, :, :4] += subjects[:, None]
-    states[:, :length // 2, 4:4 + loud] += 5 * draw.normal(size=(len(subjects), 1, loud))
-    states[:, length // 2:, 4:4 + loud] += 5 * draw.normal(size=(len(subjects), 1, loud))
-    return states.reshape(-1, width).astype(np.float16), np.arange(len(subjects) + 1) * length
+    draw, texts = np.random.default_rng(seed), []
+    for subject in subjects:
+        for half in (0, 1):
+            own = 8 * subject + 4 * half + draw.integers(0, 4, length // 2)
+            other = draw.choice(draw.integers(128, 400, 5), length // 2)
+            texts.append(np.where(draw.random(length // 2) < 1 / 2, own, other))
+    return np.concatenate(texts), np.arange(len(subjects) + 1) * length
 
 
-def test_a_fitted_topic_tells_the_subject_of_a_text_it_never_read():
-    corners = np.array([[a, b, c, d] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1) for d in (-1, 1)])
-    topic = Topic(24, 4, 16)
-    topic.fit(*texts_on(np.tile(corners, (20, 1))))
-    new, _ = texts_on(corners, seed=1)
-    seen, _ = texts_on(corners, seed=2)
-    heard, known = ((torch.from_numpy(x.astype(np.float32)).view(16, 60, 24)[:, :25].mean(1) - topic.centre) for x in (new, seen))
-
-    def found(map_):
-        a, b = (F.normalize(x @ map_, dim=1) for x in (heard, known))
-        return int(((a @ b.T).argmax(1) == torch.arange(16)).sum())
-
-    assert found(topic.map) >= 14 and found(torch.eye(24)) <= 8
+def fitted_topic(texts, count):
+    tokens, offsets = texts
+    topic = Topic(400, count, 16)
+    topic.fit(EMBEDDINGS, tokens, Topic.windows(offsets))
+    return topic
 
 
-def test_texts_too_short_for_a_topic_are_refused_in_words():
+def topics_of(topic, tokens):
+    """The topic (texts,) of the first 25 tokens of each text of 60."""
+    with torch.no_grad():
+        topic.out.weight.copy_(torch.arange(len(topic.centres))[:, None].expand(-1, 16))
+    return topic(torch.from_numpy(tokens).view(-1, 60)[:, :25])[:, -1, 0].long()
+
+
+def test_a_text_never_read_gets_the_topic_of_a_stored_one_on_its_subject():
+    subjects = np.tile(np.arange(16), 20)
+    known, new = texts_on(subjects), texts_on(np.arange(16), seed=1)[0]
+    found = subjects[topics_of(fitted_topic(known, 320), new)]
+    means = [EMBEDDINGS[tokens.reshape(-1, 60)[:, :25]].mean(1) for tokens in (new, known[0])]
+    plain = subjects[F.cosine_similarity(means[0][:, None], means[1][None], dim=-1).argmax(1)]
+    assert (found == np.arange(16)).sum() >= 13 and (plain == np.arange(16)).sum() <= 8
+
+
+def test_fewer_topics_than_texts_are_clusters_of_texts_on_one_subject():
+    subjects = np.tile(np.arange(16), 20)
+    topic = fitted_topic(texts_on(subjects), 16)
+    torch.testing.assert_close(topic.centres.norm(dim=1), torch.ones(16))
+    found = topics_of(topic, texts_on(subjects)[0]).numpy()
+    together = sum(np.bincount(subjects[found == number]).max() for number in np.unique(found))
+    assert together >= 0.8 * len(subjects)
+
+
+def test_texts_too_short_for_topics_are_refused_in_words():
     with pytest.raises(UserError, match="at least 32 entries"):
-        Topic(24, 4, 16).fit(np.ones((40, 24), np.float16), np.arange(0, 41, 20))
+        Topic.windows(np.arange(0, 41, 20))
 
 
-def test_equal_texts_leave_a_topic_that_is_finite():
-    topic = Topic(24, 4, 16)
-    topic.fit(np.ones((80, 24), np.float16), np.arange(0, 81, 40))
-    assert topic(torch.randn(1, 5, 24)).isfinite().all()
+def test_equal_texts_leave_topics_that_are_finite():
+    topic = fitted_topic((np.ones(80, int), np.arange(0, 81, 40)), 2)
+    assert topic(torch.randint(400, (1, 5))).isfinite().all() and topic.table.isfinite().all()
 
 
 def test_a_topic_is_fitted_once_and_saved_with_the_decoder(tmp_path):
-    decoder, hidden = with_any_topic(make_decoder(topic=8)), torch.randn(1, 6, 32)
-    assert not {"topic.map", "topic.centre"} & {name for name, _ in decoder.named_parameters()}
+    decoder, hidden, read = with_any_topic(make_decoder(topic=8)), torch.randn(1, 6, 32), torch.randint(512, (1, 6))
+    assert not {"topic.table", "topic.centres"} & {name for name, _ in decoder.named_parameters()}
     decoder.save(tmp_path / "decoder.pt")
-    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden), decoder(hidden))
+    torch.testing.assert_close(MemoryDecoder.load(tmp_path / "decoder.pt")(hidden, read), decoder(hidden, read))
 
 
 def test_a_file_of_another_shape_is_refused_in_words(tmp_path):
     make_decoder().save(tmp_path / "decoder.pt")
     saved = torch.load(tmp_path / "decoder.pt", weights_only=True)
-    saved["weights"]["topic.out.weight"] = torch.zeros(8, 8)
+    saved["weights"]["topic.map"] = torch.zeros(32, 8)  # as topics once were
     torch.save(saved, tmp_path / "decoder.pt")
     with pytest.raises(UserError, match="another version"):
         MemoryDecoder.load(tmp_path / "decoder.pt")

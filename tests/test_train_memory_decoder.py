@@ -23,7 +23,7 @@ from conftest import ROOT, ROWS, SMALL, run_script
 
 import datastore
 import train_memory_decoder as script
-from datastore import BaseLM, Datastore, Template, UserError, entries_of, explain_load_error, open_keys, windows_of
+from datastore import BaseLM, Datastore, Template, UserError, entries_of, explain_load_error, windows_of
 from memory_decoder import MemoryDecoder, Topic, read_manifest
 from train_memory_decoder import Options, Stage, epoch_batches, parse_options, read_rows, split_rows
 
@@ -479,14 +479,22 @@ def test_the_originals_recipe_stores_one_entry_a_row(arguments, tmp_path, base):
     assert MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["norm_first"] is False
 
 
-def test_a_topic_map_is_fitted_to_what_is_stored(arguments, tmp_path, base):
+def test_topics_are_fitted_to_what_is_stored(arguments, tmp_path, base):
     folder = tmp_path / "out"
     script.run(parse_options(arguments(folder, "--topic", 8, "--num_epochs", 1)))
     windows = windows_of(base, stored_texts(folder), Template(Options.template), 96)
-    keys = open_keys(next(folder.glob("stages/datastore-*/keys.f16")), base.width)
-    decoder, again = MemoryDecoder.load(folder / "memory_decoder.pt"), Topic(32, 8, 32)
-    again.fit(keys, entries_of(windows).offsets)
-    torch.testing.assert_close(decoder.topic.map @ decoder.topic.map.T, again.map @ again.map.T)  # eigenvectors have no sign
+    entries, found = entries_of(windows), MemoryDecoder.load(folder / "memory_decoder.pt").topic
+    again = Topic(base.vocabulary, 8, 32)
+    again.fit(base.head.weight, entries.read, Topic.windows(entries.offsets))
+    torch.testing.assert_close(found.table @ found.centres.T, again.table @ again.centres.T)  # eigenvectors have no sign
+    assert not torch.equal(found.out.weight, again.out.weight)  # these were trained
+
+
+def test_there_are_no_more_topics_than_windows_long_enough(arguments, tmp_path, base):
+    script.run(parse_options(arguments(tmp_path / "out", "--topic", 1000, "--num_epochs", 1)))
+    windows = windows_of(base, stored_texts(tmp_path / "out"), Template(Options.template), 96)
+    long = sum(len(window.ids) - 1 - window.skip >= Topic.WINDOW for window in windows)
+    assert 0 < MemoryDecoder.load(tmp_path / "out/memory_decoder.pt").sizes["topic"] == long < len(windows)
 
 
 @pytest.mark.parametrize("flags", [["--original"], ["--original", "--demo"]])
@@ -600,7 +608,7 @@ BAD = [
     (("--k", 0), "--k must be at least 1"),
     (("--batch_size", -1), "--batch_size must be at least 1"),
     (("--topic", -1), "--topic must be at least 0"),
-    (("--topic", 8, "--positions", "last"), "--topic is fitted to whole texts"),
+    (("--topic", 8, "--positions", "last"), "Topics are fitted to whole texts"),
     (("--kl_weight", 2), "--kl_weight"), (("--dropout", 1), "--dropout"),
     (("--decoder_lr", 0), "--decoder_lr"),
     (("--decoder_lr", "nan"), "--decoder_lr"), (("--weight_decay", -1), "--weight_decay"),
