@@ -42,16 +42,24 @@ def recalled(chat, settings, alpha, most=40):
     return sum(same), len(same)
 
 
+def shared(answer, stored):
+    """The largest share of an answer's sequences of six words that stand in one of the stored answers, 0 to 1."""
+    words = answer.split()
+    parts = [" ".join(words[i:i + 6]) for i in range(len(words) - 5)]
+    return max(sum(part in text for part in parts) for text in stored) / max(1, len(parts))
+
+
 def unseen(chat, settings, alpha):
-    """Ask what no row asks, and print each answer's beginning; {set: (right topic, right area, questions)}.
+    """Ask what no row asks, and print each answer's beginning; {set: (right topic, right area, stored whole, questions)}.
 
     Every stored answer names its area and topic first, so an answer's own first words say where it comes from.
     """
-    counts = {}
+    counts, stored = {}, [cell(text) for text in chat.store.texts]
     for row in UNSEEN:
-        answer = cell(list(chat.answer(row["Question"], [], alpha, **{**settings, "max_new_tokens": 60}))[-1][0])
-        found = [answer.startswith(row["Title"] + "."), answer.startswith(row["Title"].partition(":")[0] + ":"), True]
-        counts[row["Set"]] = [n + hit for n, hit in zip(counts.get(row["Set"], [0, 0, 0]), found, strict=True)]
+        answer = cell(list(chat.answer(row["Question"], [], alpha, **{**settings, "max_new_tokens": 90}))[-1][0])
+        found = [answer.startswith(row["Title"] + "."), answer.startswith(row["Title"].partition(":")[0] + ":"),
+                 shared(answer, stored) > 0.95, True]
+        counts[row["Set"]] = [n + hit for n, hit in zip(counts.get(row["Set"], [0] * 4), found, strict=True)]
         print(f"- **{row['Question']}** ({row['Title']}) {answer}", flush=True)
     return counts
 
@@ -82,8 +90,8 @@ def main():
     name, alpha, rule = middle
     settings |= {"rule": rule}
     print(f"Asked by no row, {name}:\n")
-    for which, (topic, area, asked) in unseen(chat, settings, alpha).items():
-        print(f"\n{which}: {topic} of {asked} from the right topic, {area} from the right area.")
+    for which, (topic, area, whole, asked) in unseen(chat, settings, alpha).items():
+        print(f"\n{which}: {topic} of {asked} from the right topic, {area} from the right area, {whole} in one stored answer's words.")
     print("\nRecalled, {}: {} of {} questions from the file.".format(name, *recalled(chat, settings, alpha)))
 
 
