@@ -91,7 +91,8 @@ def main():
     settings |= {"rule": rule}
     print(f"Asked by no row, {name}:\n")
     for which, (topic, area, whole, asked) in unseen(chat, settings, alpha).items():
-        print(f"\n{which}: {topic} of {asked} from the right topic, {area} from the right area, {whole} in one stored answer's words.")
+        print(f"\n{which}: of {asked}, {topic} from the right topic, {area} from the right area, "
+              f"{whole} in the words of one stored answer.")
     print("\nRecalled, {}: {} of {} questions from the file.".format(name, *recalled(chat, settings, alpha)))
 
 
