@@ -41,6 +41,8 @@ FACTORS = {
     "weight decay 0.1": {"weight_decay": 0.1},
     "weight decay 0.5": {"weight_decay": 0.5},
     "weight decay 2": {"weight_decay": 2.0},
+    "64 topics": {"topic": 64},
+    "topics, one a window": {"topic": 10_000},
 }
 
 
