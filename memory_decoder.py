@@ -162,7 +162,8 @@ def fit_map(embeddings, tokens, windows, seed):
     """(centre (H,), projection (H, R)) by which the mean embedding of a window's beginning tells that of its rest.
 
     Ridge regression of reduced rank (Izenman 1975) of the rest's mean on the beginning's; both are whitened by the covariance
-    of single tokens, since that is their noise, and the rest's then by its own.
+    of single tokens, since that is their noise, and the rest's then by its own. How much ridge, and SPLITS, were chosen by
+    questions held out with their answers (benchmarks/topics.py).
     """
     rng, first, rest = np.random.default_rng(seed), [], []
     for i in np.sort(rng.permutation(len(windows))[:Topic.FITTED]):

@@ -252,8 +252,9 @@ class Stages:
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
         learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
-                          "weight_decay", "batch_size", "kl_weight", "knn_temperature", "seed",
-                          *(["topic"] if options.topic else []))
+                          "weight_decay", "batch_size", "kl_weight", "knn_temperature", "seed")
+        if options.topic:
+            learning["topics of tokens"] = options.topic  # once they were of hidden states
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
         self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)
