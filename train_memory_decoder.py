@@ -64,7 +64,7 @@ DEMO = {"base_model": str(HERE / "demo/base_model"), "dataset": str(HERE / "demo
         # Topics, one a stored text, lead a question in other words to it.
         "context": 16, "topic": 1024,
         # A chat asks about what is remembered: more passes at a higher rate, nothing dropped and less KL remember it word for word.
-        "num_epochs": 4, "decoder_lr": 2.5e-3, "dropout": 0.0, "kl_weight": 0.2}
+        "num_epochs": 4, "decoder_lr": 2.5e-3, "dropout": 0.0, "kl_weight": 0.1}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "topic": 0, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 MOST_VALIDATION_ROWS = 200
