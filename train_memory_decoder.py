@@ -376,11 +376,11 @@ class Batches:
 def make_decoder(options, base, keys, entries):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
-    topical = Topic.windows(entries.offsets) if options.topic else []
+    windows = Topic.windows(entries.offsets) if options.topic else []
     decoder = MemoryDecoder(base.width, base.vocabulary, options.decoder_dim, context=options.context,
-                            topic=min(options.topic, len(topical)), norm_first=options.norm == "pre", dropout=options.dropout)
-    if topical:
-        decoder.topic.fit(base.head.weight.detach().cpu(), entries.read, topical, options.seed)
+                            topic=min(options.topic, len(windows)), norm_first=options.norm == "pre", dropout=options.dropout)
+    if windows:
+        decoder.topic.fit(base.head.weight.detach().cpu(), entries.read, windows, options.seed)
     if options.head_init == "base":
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
         decoder.to(base.device).start_from_head(base.head.weight.detach(), torch.from_numpy(keys[picks]))

@@ -34,12 +34,13 @@ def stored_questions(store):
 
 
 def recalled(chat, settings, alpha, most=40):
-    """(how many, of how many) remembered questions get an answer that begins with the 24 words stored with them."""
+    """Of how many remembered questions the answer begins with the 24 words stored with them, is theirs to the end, all asked."""
     texts = chat.store.texts[::len(chat.store.texts) // most][:most]
     pairs = [text.removeprefix(chat.template.header).split("\nAnswer:") for text in texts]
-    answers = [list(chat.answer(question, [], alpha, **{**settings, "max_new_tokens": 70}))[-1][0] for question, _ in pairs]
-    same = [stored.split()[:24] == answer.split()[:24] for (_, stored), answer in zip(pairs, answers, strict=True)]
-    return sum(same), len(same)
+    answers = [list(chat.answer(question, [], alpha, **settings))[-1][0].split() for question, _ in pairs]
+    words = [stored.split() for _, stored in pairs]
+    begun = sum(a[:24] == b[:24] for a, b in zip(answers, words, strict=True))
+    return begun, sum(a == b for a, b in zip(answers, words, strict=True)), len(words)
 
 
 def shared(answer, stored):
@@ -93,7 +94,8 @@ def main():
     for which, (topic, area, whole, asked) in unseen(chat, settings, alpha).items():
         print(f"\n{which}: of {asked}, {topic} from the right topic, {area} from the right area, "
               f"{whole} in the words of one stored answer.")
-    print("\nRecalled, {}: {} of {} questions from the file.".format(name, *recalled(chat, settings, alpha)))
+    begun, whole, asked = recalled(chat, settings, alpha)
+    print(f"\nRecalled, {name}: {begun} of {asked} questions from the file by their first 24 words, {whole} to the last word.")
 
 
 if __name__ == "__main__":
