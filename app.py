@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,8 @@ SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
 .passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em 0; font-size: .92em; }
 .passage mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px; font-weight: 600; }
+.topics { margin: 0 0 .9em 0; font-size: .92em; }
+.topics small { color: var(--body-text-color-subdued); }
 .passage small { color: var(--body-text-color-subdued); display: block; }
 """
 
@@ -100,18 +103,19 @@ class Chat:
             seed = whole_seed(seed)
             turns = turns_of(history)
             prompt = self.prompt(message.strip(), turns[max(0, len(turns) - self.max_turns):], int(max_new_tokens))
-            answer, tokens, alphas, states = "", [], [], []
+            answer, tokens, alphas, states, ids = "", [], [], [], self.model.base.encode(prompt)
             for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
                                           seed):
                 answer += step.text
                 tokens.append((step.text, step.memory - step.base))
                 alphas.append((step.text, step.alpha))
                 states = [*states, step.hidden][-int(k):]
+                ids.append(step.token)
                 yield answer, merge_tokens(tokens), merge_tokens(alphas, max), gr.skip()
         except UserError as error:
             raise gr.Error(str(error), title="Please change one thing", print_exception=False) from None
-        passages = self.passages(torch.stack(states), int(k))
-        yield answer or NO_ANSWER, merge_tokens(tokens), merge_tokens(alphas, max), passages
+        sources = self.topics(ids[:-1], len(tokens)) + self.passages(torch.stack(states), int(k))
+        yield answer or NO_ANSWER, merge_tokens(tokens), merge_tokens(alphas, max), sources
 
     def prompt(self, message, turns, max_new_tokens):
         """The text to continue: as many earlier turns as the base model's positions allow, then the message."""
@@ -119,6 +123,16 @@ class Chat:
         while turns and len(base.encode(self.template.prompt(message, turns))) + max_new_tokens > base.max_positions:
             turns = turns[1:]
         return self.template.prompt(message, turns)
+
+    def topics(self, ids, count):
+        """HTML of the texts whose topics led the memory behind the last `count` ids, most often first; "" without topics."""
+        entries = self.model.topics(ids)
+        if entries is None:
+            return ""
+        led = Counter(self.store.texts[self.store.example[entry]].split("\n")[0] for entry in entries[-count:])
+        lines = "".join(f"<li>{html.escape(title[:120])} <small>{n} of {count} tokens</small></li>"
+                        for title, n in led.most_common(3))
+        return f'<div class="topics">Stored texts nearest to the words so far, by which the memory was led:<ul>{lines}</ul></div>'
 
     def passages(self, states, k):
         """HTML of the K nearest entries of the last query states (Q, H), the nearest of each example only."""

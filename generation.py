@@ -126,6 +126,15 @@ class MemoryAugmentedLM:
                 evidence.add(float(torch.log_softmax(logits[1], -1)[token] - torch.log_softmax(logits[0], -1)[token]))
             new, skip = torch.tensor([[token]]), 0
 
+    @torch.no_grad()
+    def topics(self, ids):
+        """The datastore entries (T,) at which the texts begin whose topics lead the memory behind each of the ids (T,); or None."""
+        if not self.decoder.topic:
+            return None
+        skip = min(shared_prefix(ids, self.header), len(ids) - 1)
+        topic = self.decoder.topic
+        return topic.entry[topic.nearest(torch.tensor([ids[skip:]], device=topic.entry.device))[0]].tolist()
+
     def weigh(self, hidden, features, tokens, evidence):
         """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""
         rows = max(1, LOGITS_AT_ONCE // self.base.vocabulary)

@@ -116,16 +116,21 @@ class Topic(nn.Module):
         super().__init__()
         self.register_buffer("table", torch.zeros(vocab_size, self.RANK))
         self.register_buffer("centres", torch.zeros(count, self.RANK))
+        self.register_buffer("entry", torch.zeros(count, dtype=torch.long))  # first one of the window nearest to the centre
         self.out = nn.Embedding(count, width)
 
     def forward(self, tokens, cache=None):
         """(B, T, C) for tokens (B, T), each place seeing itself and those before."""
+        return self.out(self.nearest(tokens, cache))
+
+    def nearest(self, tokens, cache=None):
+        """The number (B, T) of each place's topic."""
         total = self.table[tokens].cumsum(1)
         if cache is not None:
             total = total + cache.total
             cache.total = total[:, -1:]
         with torch.autocast(total.device.type, enabled=False):
-            return self.out((total @ self.centres.T).argmax(-1))
+            return (total @ self.centres.T).argmax(-1)
 
     @classmethod
     def windows(cls, offsets):
@@ -152,7 +157,10 @@ class Topic(nn.Module):
             rows[:, :r] = (part.float() - centre) @ projection
         sums = (self.table[tokens[start:end]].cumsum(0) for start, end in windows)
         begun = torch.stack([F.normalize(total[self.splits(len(total)) - 1], dim=-1).mean(0) for total in sums])
-        self.centres.copy_(cluster(F.normalize(begun, dim=-1), len(self.centres), seed))
+        begun = F.normalize(begun, dim=-1)
+        self.centres.copy_(cluster(begun, len(self.centres), seed))
+        nearest = torch.cat([(part @ begun.T).argmax(1) for part in self.centres.split(4096)])
+        self.entry.copy_(torch.tensor([start for start, _ in windows])[nearest])
         # Like topics start alike, and small, so that training soon tells them apart.
         mix = torch.randn(self.RANK, self.out.embedding_dim, generator=torch.Generator().manual_seed(seed))
         self.out.weight.copy_(0.3 * self.centres @ mix)

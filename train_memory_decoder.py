@@ -254,7 +254,7 @@ class Stages:
         learning = values("decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr",
                           "weight_decay", "batch_size", "kl_weight", "knn_temperature", "seed")
         if options.topic:
-            learning["topics of tokens"] = options.topic  # once they were of hidden states
+            learning["topics of tokens, with entries"] = options.topic  # once they were of hidden states, then without
         self.decoder = Stage(root, "decoder", learning, self.neighbours)
         # A report from before there were gates is made anew.
         self.report = Stage(root, "report", [digest(held_texts), "gate"], self.decoder)

@@ -41,6 +41,12 @@ def make_decoder(seed=0, hidden=32, vocab=512, **sizes):
     return MemoryDecoder(hidden, vocab, **{"decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}).eval()
 
 
+def with_any_topic(decoder):
+    """The decoder with topics drawn at random in place of fitted ones."""
+    torch.nn.init.normal_(decoder.topic.table), torch.nn.init.normal_(decoder.topic.centres)
+    return decoder
+
+
 @pytest.fixture(scope="session")
 def tiny_gemma(tmp_path_factory):
     return make_tiny_gemma(tmp_path_factory.mktemp("tiny_gemma"))

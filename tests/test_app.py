@@ -1,5 +1,6 @@
 """The chat: its parts in this process, its API through gradio_client, and how app.py ends when it cannot start."""
 
+import collections
 import copy
 import html
 import itertools
@@ -19,19 +20,20 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ROWS, make_tiny_gemma, run_script
+from conftest import ROOT, ROWS, make_decoder, make_tiny_gemma, run_script, with_any_topic
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import app
 import train_memory_decoder
 from datastore import Template, UserError, open_keys
-from generation import RULES
+from generation import RULES, MemoryAugmentedLM
 from memory_decoder import read_manifest
 
 LAUNCH = gr.Blocks.launch
 GOOD = {"alpha": 0.5, "temperature": 0, "top_k": 50, "max_new_tokens": 12, "k": 4, "rule": "logits"}
 QUESTION = "Can my boss refuse to pay me overtime?"
+TOPIC = re.compile(r"<li>(.*?) <small>(\d+) of \d+ tokens</small></li>")
 PASSAGE = re.compile(r'<div class="passage">(?:… )?(.*?)<mark>(.*?)</mark>(.*?)'
                      r"<small>(.*?) · squared distance (.*?)</small></div>", re.DOTALL)
 
@@ -249,6 +251,32 @@ def test_a_marked_token_is_the_one_that_the_entry_remembers(chat):
         assert html.unescape(token) == (remembered or "(end)") and distance == "0.25"
         text = chat.store.texts[chat.store.example[entry]]
         assert html.unescape(before) + remembered in text
+
+
+@pytest.fixture
+def led(chat):
+    """The chat with a memory that has topics, drawn at random, one for every stored text."""
+    decoder = with_any_topic(make_decoder(topic=len(chat.store.texts)))
+    decoder.topic.entry.copy_(torch.from_numpy(np.unique(chat.store.example, return_index=True)[1]))
+    other = copy.copy(chat)
+    other.model = MemoryAugmentedLM(chat.model.base, decoder, chat.template.header)
+    return other
+
+
+def test_an_answer_names_the_texts_whose_topics_led_it(led):
+    *_, (text, *_, sources) = answers(led)
+    found = [(html.unescape(title), int(count)) for title, count in TOPIC.findall(sources)]
+    steps = list(led.model.stream(led.prompt(QUESTION, [], 12), 0.5, 0, 50, 12, "logits", led.template.stops))
+    ids = [*led.model.base.encode(led.prompt(QUESTION, [], 12)), *(step.token for step in steps[:-1])]
+    examples = led.store.example[led.model.topics(ids)][-len(steps):]
+    numbers = collections.Counter(led.store.texts[example].split("\n")[0] for example in examples)
+    assert text and found and all(numbers[title] == count for title, count in found)
+    assert sum(count for _, count in found) == sum(sorted(numbers.values(), reverse=True)[:3])
+    assert PASSAGE.findall(sources)
+
+
+def test_a_memory_without_topics_names_no_texts_that_led_it(chat):
+    assert 'class="topics"' not in answers(chat)[-1][3]
 
 
 def test_html_in_a_source_text_is_escaped(chat):

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_decoder
+from conftest import make_decoder, with_any_topic
 
 import generation
 from datastore import UserError, shared_prefix
@@ -65,6 +65,28 @@ def test_streaming_gives_the_tokens_that_uncached_decoding_gives(model, alpha, r
     prompt = "Question: May I keep a goat?\nAnswer:"
     steps = list(model.stream(prompt, alpha, temperature=0, max_new_tokens=25, rule=rule))
     assert [step.token for step in steps] == greedy_twin(model, prompt, alpha, rule, 25)
+
+
+def test_the_topics_of_a_text_are_those_that_the_memory_reads(base):
+    decoder = with_any_topic(make_decoder(context=1, topic=8))
+    torch.nn.init.normal_(decoder.output_projection.weight)
+    decoder.topic.entry.copy_(torch.arange(8) * 10)
+    model, prompt = MemoryAugmentedLM(base, decoder, "Question:"), "Question: May I keep a goat?\nAnswer:"
+    ids, logits, steps = base.encode(prompt), [], model.steps(base.encode(prompt))
+    step = next(steps)
+    for token in (5, 17, 33, 4):
+        logits.append(step)
+        ids.append(token)
+        step = steps.send(token)
+    led = model.topics(ids[:-1])[-4:]
+    assert len(set(model.topics(ids))) > 1
+    for (hidden, _, memory), entry in zip(logits, led, strict=True):
+        decoder.topic.nearest = lambda tokens, cache, number=entry // 10: torch.full_like(tokens, number)
+        torch.testing.assert_close(decoder(hidden[None, None], torch.zeros(1, 1, dtype=torch.long))[0, 0], memory)
+
+
+def test_a_memory_without_topics_names_none(model):
+    assert model.topics(model.base.encode("Question: Why?")) is None
 
 
 def test_steps_carry_the_probabilities_under_base_memory_and_blend(model):

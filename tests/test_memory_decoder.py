@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROWS, make_decoder
+from conftest import ROWS, make_decoder, with_any_topic
 
 import memory_decoder
 from datastore import UserError
@@ -93,12 +93,6 @@ def take(way, monkeypatch):
     """Make attention go one of the WAYS, whatever its size."""
     for name, value in way.items():
         monkeypatch.setattr(memory_decoder, name, value)
-
-
-def with_any_topic(decoder):
-    """The decoder with topics drawn at random in place of fitted ones."""
-    torch.nn.init.normal_(decoder.topic.table), torch.nn.init.normal_(decoder.topic.centres)
-    return decoder
 
 
 @pytest.mark.parametrize("context", [1, 3, 100])
@@ -220,9 +214,7 @@ def fitted_topic(texts, count):
 
 def topics_of(topic, tokens):
     """The topic (texts,) of the first 25 tokens of each text of 60."""
-    with torch.no_grad():
-        topic.out.weight.copy_(torch.arange(len(topic.centres))[:, None].expand(-1, 16))
-    return topic(torch.from_numpy(tokens).view(-1, 60)[:, :25])[:, -1, 0].long()
+    return topic.nearest(torch.from_numpy(tokens).view(-1, 60)[:, :25])[:, -1]
 
 
 def test_a_text_never_read_gets_the_topic_of_a_stored_one_on_its_subject():
@@ -241,6 +233,18 @@ def test_fewer_topics_than_texts_are_clusters_of_texts_on_one_subject():
     found = topics_of(topic, texts_on(subjects)[0]).numpy()
     together = sum(np.bincount(subjects[found == number]).max() for number in np.unique(found))
     assert together >= 0.8 * len(subjects)
+
+
+def test_a_topic_keeps_the_entry_at_which_its_text_begins():
+    subjects = np.tile(np.arange(16), 20)
+    texts = texts_on(subjects)
+    assert fitted_topic(texts, 320).entry.tolist() == texts[1][:-1].tolist()
+    clusters = fitted_topic(texts, 16)
+    found = topics_of(clusters, texts[0]).numpy()
+    assert set(clusters.entry.tolist()) <= set(texts[1].tolist())
+    # Of a cluster it is mostly one on the subject of most of its texts.
+    own = [subjects[clusters.entry[number] // 60] == np.bincount(subjects[found == number]).argmax() for number in np.unique(found)]
+    assert sum(own) >= 0.75 * len(own) and len(own) > 10
 
 
 def test_texts_too_short_for_topics_are_refused_in_words():
