@@ -8,6 +8,7 @@
     python benchmarks/quality.py --data DATA --part gated     # LoRA and full tuning under automatic alpha; results/gated.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
     python benchmarks/quality.py --data DATA --part pace      # time a token after --part all; results/pace.json
+    python benchmarks/quality.py --data DATA --part all_tuned # LoRA and full tuning over every row; results/all_tuned.json
     python benchmarks/quality.py --data DATA --part all       # every row, with what the factors favour; results/all.json
 
 Same base, same training rows, same held-out rows (even ones choose, odd ones report); LoRA and full tuning get the seconds
@@ -34,6 +35,7 @@ SETTINGS = {"max_examples": 250, "max_length": 256, "batch_size": 4, "num_epochs
 MORE_RATES = (("fully tuned", 1e-4), ("LoRA", 1e-2))  # beyond the edges, where the better of two rates lay
 RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
+EPOCHS_TUNED = 2  # of LoRA and full tuning over every row
 LARGER_K = (32, 1024)
 EVERY_ROW = {"2": {"num_epochs": 2}, "6": {"num_epochs": 6}, "4, weight decay 0.5": {"num_epochs": 4, "weight_decay": 0.5}}
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
@@ -46,9 +48,9 @@ def options_of(given, seed, held_rows=200, **changed):
                           seed=seed, **SETTINGS | changed)
 
 
-def windows_of_seed(given, base, seed):
+def windows_of_seed(given, base, seed, **changed):
     """(windows of the training rows that a seed draws, windows of the held-out rows)."""
-    parts = script.split_rows(options_of(given, seed), TEMPLATE)
+    parts = script.split_rows(options_of(given, seed, **changed), TEMPLATE)
     return [windows_of(base, [TEMPLATE.render(row) for row in part], TEMPLATE, SETTINGS["max_length"]) for part in parts]
 
 
@@ -242,13 +244,30 @@ def gated(given, name):
     base, first = BaseLM.load(given.base_model), recorded("quality")["0"][name]
     windows, held = windows_of_seed(given, base, 0)
     tuned, *_ = tune(base, windows, None, first["lr"], name == "LoRA", most=first["steps"])
+    return under_gate(base, tuned, held, off_domain_windows(given, base)) | {"commit": common.COMMIT}
+
+
+def every_row_tuned(given, name):
+    """LoRA or full tuning, EPOCHS_TUNED passes over every row at the rate that is best with fewer, alone and under a gate."""
+    base, lr = BaseLM.load(given.base_model), recorded("quality")["0"][name]["lr"]
+    windows, held = windows_of_seed(given, base, 0, max_examples=None)
+    steps = EPOCHS_TUNED * len(script.epoch_batches(np.array([len(w.ids) for w in windows]), 8, 0, 0))
+    began = time.monotonic()
+    tuned, *_ = tune(base, windows, None, lr, name == "LoRA", most=steps)
+    seconds = time.monotonic() - began
+    return under_gate(base, tuned, held, off_domain_windows(given, base)) | {
+        "lr": lr, "steps": steps, "epochs": EPOCHS_TUNED, "seconds": seconds, "commit": common.COMMIT}
+
+
+def under_gate(base, tuned, held, off):
+    """Perplexities of a tuned model alone, mixed with the base at the best fixed alpha, and under a gate of its own."""
     legal, off, samples = (baselines.score_pair(base, tuned, part) for part in
-                           (held, off_domain_windows(given, base), evaluation.sample_windows(base, SETTINGS["max_length"])))
+                           (held, off, evaluation.sample_windows(base, SETTINGS["max_length"])))
     choose, report = evaluation.half(legal, 0), evaluation.half(legal, 1)
     gate = evaluation.fit_gate([(choose, evaluation.evidence_before(choose), 1),
                                 (samples, evaluation.evidence_before(samples), evaluation.SAMPLES_WEIGHT)])
     best = int(np.argmin(evaluation.perplexities(evaluation.mix_probabilities(choose["base"], choose["memory"]))))
-    result = {"alpha": float(evaluation.ALPHAS[best]), "commit": common.COMMIT}
+    result = {"alpha": float(evaluation.ALPHAS[best])}
     for where, part in (("legal", report), ("off_domain", off)):
         fixed = evaluation.mix_probabilities(part["base"], part["memory"])[:, best]
         auto, alpha = evaluation.gated(gate, part, evaluation.evidence_before(part))
@@ -303,6 +322,7 @@ PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)
          "knn": ("knn", {str(seed): (largest_knn, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
+         "all_tuned": ("all_tuned", {name: (every_row_tuned, name) for name in RATES}),
          "gated": ("gated", {name: (gated, name) for name in RATES}),
          "curve": ("curve", {str(rows): (curve, rows) for rows in ROWS})}
 
