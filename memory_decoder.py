@@ -226,7 +226,7 @@ class MemoryDecoder(nn.Module):
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
         self.topic = Topic(vocab_size, topic, decoder_dim) if topic else None
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, vocab_size)
@@ -237,9 +237,7 @@ class MemoryDecoder(nn.Module):
         read (B, T): the tokens whose states they are; a decoder without topics does not ask for them.
         """
         topic = self.topic(read, cache) if self.topic else 0
-        if self.training and self.sizes["context"] > 1:  # whole states go, so that a part of a question is cue enough
-            hidden = hidden * (torch.rand_like(hidden[..., :1]) >= self.dropout)
-        x = self.input_norm(self.input_projection(hidden))
+        x = self.dropout(self.input_norm(self.input_projection(hidden)))
         for block in self.blocks:
             x = block(x, topic, cache)
         return self.output_norm(x)

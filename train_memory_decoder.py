@@ -97,7 +97,7 @@ class Options:
                            "the tokens so far; 0: none. For a chat that answers each question alone (app.py --max_turns 0)")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head or at random", choices=["base", "random"])
-    dropout: float = option(0.1, "share of query states and of each layer's output dropped in training")
+    dropout: float = option(0.1, "share of the first layer's input and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
     weight_decay: float = option(0.01, "AdamW's weight decay")

@@ -37,7 +37,8 @@ RATES = {"LoRA": (1e-3, 3e-3), "fully tuned": (3e-4, 1e-3)}
 ROWS, HELD_CURVE = (100, 700), 60
 EPOCHS_TUNED = 2  # of LoRA and full tuning over every row
 LARGER_K = (32, 1024)
-EVERY_ROW = {"2": {"num_epochs": 2}, "6": {"num_epochs": 6}, "4, weight decay 0.5": {"num_epochs": 4, "weight_decay": 0.5}}
+EVERY_ROW = {"2": {"num_epochs": 2}, "6": {"num_epochs": 6}, "4, weight decay 0.5": {"num_epochs": 4, "weight_decay": 0.5},
+             "4, dropout 0.2": {"num_epochs": 4, "dropout": 0.2}}
 FAVOURED = {"context": 16, "kl_weight": 0.25, "k": 8}  # what benchmarks/factors.py finds best or cheapest
 OFF_DOMAIN_TEXTS, PROMPT = 120, "Title: A v. B\nQuestion: May a state tax the income of a foreign company?\nAnswer:"
 
