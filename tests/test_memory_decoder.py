@@ -133,7 +133,7 @@ def test_attention_equals_a_loop_over_what_each_position_sees(monkeypatch, way, 
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_a_decoder_that_starts_from_the_head_can_learn_though_states_are_dropped(base, norm_first):
+def test_a_decoder_that_starts_from_the_head_learns_under_dropout(base, norm_first):
     decoder = make_decoder(hidden=base.width, vocab=base.vocabulary, norm_first=norm_first, dropout=0.5)
     hidden = base.hidden(torch.tensor([base.encode(ROWS[0]["Answer"])[:40]]))
     decoder.start_from_head(base.head.weight, hidden[0])
