@@ -276,15 +276,9 @@ def plan(options, base, windows, entries, stages, is_main=True):
         factory = (stages.index / "factory.txt").read_text()
     if not is_main:
         return factory
-    reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
-    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
-    index, keys = entries * (width + 8), entries * base.width * 2
-    disk = keys + 2 * index + entries * options.k * 8  # an index is written in its stage, then published
-    disk = max(0, disk - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     weights = options.decoder_dim * (base.vocabulary + base.width + 75 * options.decoder_dim)
-    reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
-    scores = min(SCORES_AT_ONCE, options.batch_size * 32 * options.max_length * reach)  # of one layer; six are kept
-    memory = index + 20 * weights + 3 * 4 * LOGITS_AT_ONCE + 9 * 4 * scores
+    disk, memory = estimate_bytes(options, base, windows, entries, weights, factory)
+    disk = max(0, disk - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     seconds = estimate_seconds(options, base, windows, entries, weights)
     print(f"plan: {entries:,} entries of width {base.width}; index {factory}; disk {disk / 2**30:.2f} GiB of "
           f"{free_disk / 2**30:.1f} free; memory {memory / 2**30:.2f} GiB beside the model of {free_memory / 2**30:.1f} free; "
@@ -296,6 +290,18 @@ def plan(options, base, windows, entries, stages, is_main=True):
         raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory and {free_memory / 2**30:.2f} are free; lower "
                         "--max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
     return factory
+
+
+def estimate_bytes(options, base, windows, entries, weights, factory):
+    """(bytes of disk, bytes of memory beside the base model) that all stages take."""
+    reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
+    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
+    index, keys = entries * (width + 8), entries * base.width * 2
+    reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
+    scores = min(SCORES_AT_ONCE, options.batch_size * 32 * options.max_length * reach)  # of one layer; six are kept
+    topics = 4 * Topic.RANK * (base.vocabulary + min(options.topic, len(windows))) if options.topic else 0
+    memory = index + 20 * weights + topics + 3 * 4 * LOGITS_AT_ONCE + 9 * 4 * scores
+    return keys + 2 * index + entries * options.k * 8, memory  # an index is written in its stage, then published
 
 
 def estimate_seconds(options, base, windows, entries, weights):
