@@ -4,6 +4,7 @@
     python benchmarks/quality.py --data DATA --part rivals    # retrieval and the original's recipe; results/rivals.json
     python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
+    python benchmarks/quality.py --data DATA --part again     # the memory alone, as it is now; results/again.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part gated     # LoRA and full tuning under automatic alpha; results/gated.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
@@ -207,6 +208,11 @@ def best_knn(own, knn, example, temperature):
             "temperature": temperature * evaluation.TEMPERATURES[s], "commit": common.COMMIT}
 
 
+def again(given, seed):
+    """The memory of a seed once more, with the code as it is now."""
+    return {"held_out": common.train(given, f"again_{seed}", seed=seed, **SETTINGS)["held_out"], "commit": common.COMMIT}
+
+
 def largest_knn(given, seed):
     """kNN-LM of a finished seed at the largest K."""
     return knn_at(given, f"memory_{seed}", LARGER_K[-1:])[LARGER_K[-1]]
@@ -320,6 +326,7 @@ PARTS = {"compare": ("quality", {str(seed): (compare, seed) for seed in range(3)
          "rivals": ("rivals", {str(seed): (rivals, seed) for seed in range(3)}),
          "all": ("all", {name: (all_rows, changed) for name, changed in EVERY_ROW.items()}),
          "pace": ("pace", {"all_rows": (pace_of, "all_rows")}),
+         "again": ("again", {str(seed): (again, seed) for seed in range(3)}),
          "knn": ("knn", {str(seed): (largest_knn, seed) for seed in range(3)}),
          "untouched": ("untouched", {str(seed): (untouched, seed) for seed in range(3)}),
          "rates": ("rates", {f"{name} {lr:g}": (more_rates, name, lr) for name, lr in MORE_RATES}),
