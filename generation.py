@@ -106,6 +106,10 @@ class MemoryAugmentedLM:
         self.base, self.decoder = base, decoder.to(base.device).eval()
         self.header, self.gate = base.encode(header), gate
 
+    def skipped(self, ids):
+        """How many leading ids are the header, whose states the memory does not read; one id is always left."""
+        return min(shared_prefix(ids, self.header), len(ids) - 1)
+
     @torch.no_grad()
     def steps(self, ids, evidence=None):
         """A generator of (hidden (H,), base logits (V,), memory logits (V,)); send() it each next token id.
@@ -113,7 +117,7 @@ class MemoryAugmentedLM:
         One base forward and one decoder forward for each token, both with caches. evidence: gathers what the tokens say.
         """
         cache, memory_cache = DynamicCache(config=self.base.model.config), DecoderCache()
-        new, skip = torch.tensor([ids]), min(shared_prefix(ids, self.header), len(ids) - 1)
+        new, skip = torch.tensor([ids]), self.skipped(ids)
         while True:
             hidden = self.base.hidden(new, cache)
             hidden = hidden[0, skip:]
@@ -128,12 +132,14 @@ class MemoryAugmentedLM:
 
     @torch.no_grad()
     def topics(self, ids):
-        """The datastore entries (T,) at which the texts begin whose topics lead the memory behind each of the ids (T,); or None."""
+        """For each of the ids behind the header, the datastore entry at which the text begins whose topic leads the memory.
+
+        None for a memory without topics.
+        """
         if not self.decoder.topic:
             return None
-        skip = min(shared_prefix(ids, self.header), len(ids) - 1)
-        topic = self.decoder.topic
-        return topic.entry[topic.nearest(torch.tensor([ids[skip:]], device=topic.entry.device))[0]].tolist()
+        topic, read = self.decoder.topic, torch.tensor([ids[self.skipped(ids):]], device=self.base.device)
+        return topic.entry[topic.nearest(read)[0]].tolist()
 
     def weigh(self, hidden, features, tokens, evidence):
         """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""

@@ -4,7 +4,7 @@
     python benchmarks/quality.py --data DATA --part rivals    # retrieval and the original's recipe; results/rivals.json
     python benchmarks/quality.py --data DATA --part untouched # WikiText that no choice was made on; results/untouched.json
     python benchmarks/quality.py --data DATA --part knn       # kNN-LM at K 1024; results/knn.json
-    python benchmarks/quality.py --data DATA --part again     # the memory alone, as it is now; results/again.json
+    python benchmarks/quality.py --data DATA --part again     # the seeds' memories anew, not their rivals; results/again.json
     python benchmarks/quality.py --data DATA --part rates     # two more rates for LoRA and full tuning; results/rates.json
     python benchmarks/quality.py --data DATA --part gated     # LoRA and full tuning under automatic alpha; results/gated.json
     python benchmarks/quality.py --data DATA --part curve     # perplexity over the number of rows; results/curve.json
@@ -209,8 +209,11 @@ def best_knn(own, knn, example, temperature):
 
 
 def again(given, seed):
-    """The memory of a seed once more, with the code as it is now."""
-    return {"held_out": common.train(given, f"again_{seed}", seed=seed, **SETTINGS)["held_out"], "commit": common.COMMIT}
+    """Memory, kNN-LM and blends of a seed once more, without the rivals, when the memory's code has changed."""
+    folder, base = f"again_{seed}", BaseLM.load(given.base_model)
+    held_out = common.train(given, folder, seed=seed, **SETTINGS)["held_out"]
+    return {"held_out": held_out, "off_domain": memory_off_domain(given, folder, base, off_domain_windows(given, base)),
+            "commit": common.COMMIT}
 
 
 def largest_knn(given, seed):

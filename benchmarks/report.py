@@ -13,6 +13,11 @@ NAMES = {"base": "base alone", "knn_lm": "kNN-LM, K 32", "LoRA": "LoRA", "fully 
          "blend_logits": "blend of logits", "blend_probabilities": "blend of probabilities", "blend_auto": "automatic alpha"}
 
 
+def comparison_runs():
+    """The seeds of the comparison, with the perplexities that memory, blends and kNN-LM have since (quality.py --part again)."""
+    return [run | recorded("again").get(seed, {}) for seed, run in recorded("quality").items()]
+
+
 def of(run, key, where):
     if key in ("LoRA", "fully tuned"):
         return run[key]["legal" if where == "held_out" else "off_domain"]
@@ -21,7 +26,7 @@ def of(run, key, where):
 
 def plot_comparison():
     """Legal gain against off-domain cost: the mean of the seeds, the range as bars."""
-    runs = list(recorded("quality").values())
+    runs = comparison_runs()
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for key, name in NAMES.items():
         points = [[of(run, key, where) for run in runs] for where in ("held_out", "off_domain")]
@@ -82,7 +87,7 @@ def spread(values, digits=2):
 
 def comparison():
     """Mean and range over the seeds, legal and off-domain, and what each way costs."""
-    runs = list(recorded("quality").values())
+    runs = comparison_runs()
     lines = ["| | held-out legal | WikiText-2 | s to fit | ms a token | MB beside the base |", "|---|---:|---:|---:|---:|---:|"]
 
     def line(name, legal, off=None, seconds=None, pace=None, size=None):
