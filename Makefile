@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .PHONY: demo test bench
-demo: .venv/runtime
+demo: .venv/demo
 	$(BIN)/python train_memory_decoder.py --demo
 	$(BIN)/python app.py --demo
 
@@ -21,6 +21,10 @@ bench: .venv/runtime
 	@echo "installing into .venv: one to several minutes; 2 GB, or more where torch comes with CUDA"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/demo: requirements-demo.txt .venv/runtime
+	$(BIN)/python -m pip install -q --no-deps -r requirements-demo.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/runtime

@@ -10,8 +10,7 @@ import os
 import shlex
 import socket
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -19,15 +18,18 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import torch
 
-from datastore import BaseLM, Datastore, Template, UserError, parse_dataclass
+import command
+from base_model import BaseLM
+from command import UserError, fail, option
+from datastore import Datastore
 from generation import AUTO, RULES, Gate, MemoryAugmentedLM
 from memory_decoder import MemoryDecoder, read_manifest
+from texts import Template, encode_row
 
 HERE = Path(__file__).resolve().parent
-DEMO = {"model_dir": str(HERE / "demo/trained_models"), "base_model": str(HERE / "demo/base_model"),
-        # A small base is often sure and wrong: the gate lets a sure memory win. The base's second choices are poor.
-        # Its memory learned single questions, so an earlier answer before the next one only leads it astray.
-        "rule": "auto", "temperature": 0.2, "max_turns": 0}
+# The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
+# earlier answer in front of the next question only leads it astray.
+DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": "auto", "temperature": 0.2, "max_turns": 0}
 QUESTIONS = [  # of rows that --demo remembers
     "I want a divorce but my husband says he will never sign anything. Can he stop me?",
     "Arrested and questioned, never read my rights. Is my case dismissed?",
@@ -42,14 +44,8 @@ SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
 .passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em 0; font-size: .92em; }
 .passage mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px; font-weight: 600; }
-.topics { margin: 0 0 .9em 0; font-size: .92em; }
-.topics small { color: var(--body-text-color-subdued); }
 .passage small { color: var(--body-text-color-subdued); display: block; }
 """
-
-
-def option(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Options:
 
 
 def parse_options(arguments=None):
-    return parse_dataclass(Options, __doc__.split("\n")[0], arguments, {"demo": DEMO})
+    return command.parse_options(Options, __doc__.split("\n")[0], arguments, {"demo": DEMO})
 
 
 class Chat:
@@ -82,16 +78,11 @@ class Chat:
         if base.fingerprint != manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
-        template = Template(manifest["template"])
+        template = Template.parse(manifest["template"], base)
         decoder = MemoryDecoder.load(Path(options.model_dir) / "memory_decoder.pt")
         chosen = manifest["chosen"]
-        gate = Gate(**chosen["gate"]) if "gate" in chosen else None  # a memory from before there were gates
-        model = MemoryAugmentedLM(base, decoder, template.header, gate)
+        model = MemoryAugmentedLM(base, decoder, template, Gate(**chosen["gate"]))
         return cls(model, Datastore.open(options.model_dir), template, chosen, options.max_turns)
-
-    @property
-    def rules(self):
-        return [*RULES, AUTO] if self.model.gate else list(RULES)
 
     def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None):
         """Yield (answer so far, tokens with the change that the memory made to each, tokens with alpha, passages as HTML).
@@ -103,18 +94,16 @@ class Chat:
             seed = whole_seed(seed)
             turns = turns_of(history)
             prompt = self.prompt(message.strip(), turns[max(0, len(turns) - self.max_turns):], int(max_new_tokens))
-            answer, tokens, alphas, states, ids = "", [], [], [], self.model.base.encode(prompt)
-            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, self.template.stops,
-                                          seed):
+            answer, tokens, alphas, states = "", [], [], []
+            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, seed):
                 answer += step.text
                 tokens.append((step.text, step.memory - step.base))
                 alphas.append((step.text, step.alpha))
                 states = [*states, step.hidden][-int(k):]
-                ids.append(step.token)
                 yield answer, merge_tokens(tokens), merge_tokens(alphas, max), gr.skip()
         except UserError as error:
             raise gr.Error(str(error), title="Please change one thing", print_exception=False) from None
-        sources = self.topics(ids[:-1], len(tokens)) + self.passages(torch.stack(states), int(k))
+        sources = self.passages(torch.stack(states), int(k))
         yield answer or NO_ANSWER, merge_tokens(tokens), merge_tokens(alphas, max), sources
 
     def prompt(self, message, turns, max_new_tokens):
@@ -123,16 +112,6 @@ class Chat:
         while turns and len(base.encode(self.template.prompt(message, turns))) + max_new_tokens > base.max_positions:
             turns = turns[1:]
         return self.template.prompt(message, turns)
-
-    def topics(self, ids, count):
-        """HTML of the texts whose topics led the memory behind the last `count` ids, most often first; "" without topics."""
-        entries = self.model.topics(ids)
-        if entries is None:
-            return ""
-        led = Counter(self.store.texts[self.store.example[entry]].split("\n")[0] for entry in entries[-count:])
-        lines = "".join(f"<li>{html.escape(title[:120])} <small>{n} of {count} tokens</small></li>"
-                        for title, n in led.most_common(3))
-        return f'<div class="topics">Stored texts nearest to the words so far, by which the memory was led:<ul>{lines}</ul></div>'
 
     def passages(self, states, k):
         """HTML of the K nearest entries of the last query states (Q, H), the nearest of each example only."""
@@ -144,13 +123,13 @@ class Chat:
 
     def passage(self, distance, entry):
         """One source text up to the remembered position, the token that came next marked."""
-        base, text = self.model.base, self.store.texts[self.store.example[entry]]
-        ids, here = base.encode(text, end=True), int(self.store.position[entry]) + 1
+        base, row = self.model.base, self.store.rows[self.store.example[entry]]
+        ids, here = encode_row(base, self.template, row), int(self.store.position[entry]) + 1
         start = max(1, here - SNIPPET)
         before, token, after = (base.tokenizer.decode(part, skip_special_tokens=True)
                                 for part in (ids[start:here], ids[here:here + 1], ids[here + 1:here + 12]))
         dots = "" if start == 1 else "… "
-        title = text.split("\n")[0]
+        title = " ".join(row[self.template.fields[0]].split())
         return (f'<div class="passage">{dots}{html.escape(before)}<mark>{html.escape(token) or "(end)"}</mark>{html.escape(after)}'
                 f"<small>{html.escape(title[:120])} · squared distance {distance:.3g}</small></div>")
 
@@ -215,10 +194,9 @@ def slider(name, value, step, label, info):
 
 def build_page(chat, rule, temperature):
     """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
-    rule = rule if rule in chat.rules else RULES[1]  # a memory from before there were gates
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
-                    f"{len(chat.store.texts):,} texts ({len(chat.store):,} entries). General information, not legal advice.")
+                    f"{len(chat.store.rows):,} texts ({len(chat.store):,} entries). General information, not legal advice.")
         with gr.Row():
             left = gr.Column(scale=3)
             with gr.Column(scale=2):
@@ -226,7 +204,7 @@ def build_page(chat, rule, temperature):
                 share = slider("alpha", chosen[f"alpha_{RULES[1] if rule == AUTO else rule}"], 0.01, "alpha",
                                "0: base model alone, 1: memory alone. Chosen in training: "
                                f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities.")
-                blending = gr.Radio(chat.rules, value=rule, label="blend rule", elem_id="rule",
+                blending = gr.Radio([*RULES, AUTO], value=rule, label="blend rule", elem_id="rule",
                                     info="auto: alpha is chosen anew for every token, whatever the slider says")
                 inputs = [
                     share,
@@ -301,11 +279,6 @@ def main():
         if "port" not in str(error).lower():
             raise
         sys.exit(fail(f"Port {options.server_port} is in use; name another with --server_port."))
-
-
-def fail(sentence):
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -16,17 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from datastore import Window, entries_of, hidden_batches, knn_weights
-from generation import Evidence, Gate, blend, opinions
+from datastore import hidden_batches, knn_weights
+from generation import Evidence, Gate, opinions
 from memory_decoder import LOGITS_AT_ONCE
+from texts import Window, entries_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
-LOGITS_IN_CACHE = 2**18  # numbers in logits that a CPU reads 21 times: from its cache they take a third of the time
 SAMPLES = 16  # texts that the base writes for the gate
 SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
@@ -35,7 +34,7 @@ TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was traine
 @torch.no_grad()
 def sample_windows(base, length, seed=0):
     """SAMPLES texts of `length` tokens (BOS is one) that the base model writes by itself, as windows: text on which it is right."""
-    generator, cache = torch.Generator().manual_seed(seed), DynamicCache(config=base.model.config)
+    generator, cache = torch.Generator().manual_seed(seed), base.new_cache()
     ids = new = torch.full((SAMPLES, 1), base.bos)
     for _ in range(length - 1):
         chances = torch.softmax(base.logits(base.hidden(new, cache)[:, -1]), -1).cpu()
@@ -51,34 +50,49 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store also knn (P, S) and blend_logits
     (P, A); and of int32: example (P,), position (P,).
     """
-    values, example, position, read, offsets = entries_of(windows)
+    values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
-    rows, cached = (max(1, most // base.vocabulary) for most in (LOGITS_AT_ONCE // 4, LOGITS_IN_CACHE))
+    rows = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary)
     parts = {name: [] for name in ("base", "memory", "opinions", *(("knn", "blend_logits") if store else ()))}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
             counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
-            tokens = torch.from_numpy(read[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)
-            features = decoder.features(*(pad_sequence(list(x.split(counts)), batch_first=True) for x in (hidden.float(), tokens)))
+            features = decoder.features(pad_sequence(list(hidden.float().split(counts)), batch_first=True))
             features = torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
             targets = values[offsets[first]:offsets[first] + len(hidden)]
             if store:
                 parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))
             y = torch.from_numpy(targets).long().to(base.device)[:, None]
-            for i in range(0, len(hidden), rows):
-                z, m = base.logits(hidden[i:i + rows]), decoder.output_projection(features[i:i + rows])
-                blocks = (part.split(cached if z.device.type == "cpu" else rows) for part in (z, m, y[i:i + rows]))
-                for z, m, token in zip(*blocks, strict=True):
-                    found = {"base": torch.log_softmax(z, -1).gather(1, token)[:, 0],
-                             "memory": torch.log_softmax(m, -1).gather(1, token)[:, 0],
-                             "opinions": opinions(z, m)}
-                    if store:
-                        columns = [torch.log_softmax(blend(z, m, float(a)), -1).gather(1, token) for a in ALPHAS]
-                        found["blend_logits"] = torch.cat(columns, 1)
-                    for name, array in found.items():
-                        parts[name].append(array.cpu().numpy())
+            for block in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
+                z = base.logits(hidden[block])
+                m = decoder.log_probabilities(features[block], z)
+                found = {"base": torch.log_softmax(z, -1).gather(1, y[block])[:, 0], "memory": m.gather(1, y[block])[:, 0],
+                         "opinions": opinions(z, m)}
+                if store:
+                    found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, decoder.unseen_share)
+                for name, array in found.items():
+                    parts[name].append(array.cpu().numpy())
             bar.update(len(hidden))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
+
+
+def sweep_logits(base_logits, memory, targets, seen, unseen_share):
+    """Log probability (P, A) of the targets (P, 1) under the blend of logits at every alpha.
+
+    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). Under any alpha an unseen token's blend
+    is its base logit plus one constant, so only the seen tokens' are made anew.
+    """
+    b, m = base_logits[:, seen], memory[:, seen]
+    target_b, target_m = (x.gather(1, targets)[:, 0] for x in (base_logits, memory))
+    every = len(seen) == base_logits.shape[1]
+    unseen = None if every else base_logits.index_fill(-1, seen, -math.inf).logsumexp(-1)
+    columns = []
+    for alpha in ALPHAS.tolist():
+        total = torch.lerp(b, m, alpha).logsumexp(-1)
+        if not every:
+            total = torch.logaddexp(total, (1 - alpha) * unseen + alpha * math.log(unseen_share))
+        columns.append((1 - alpha) * target_b + alpha * target_m - total)
+    return torch.stack(columns, 1)
 
 
 def evidence_before(scores):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from datastore import UserError, shared_prefix
+from base_model import Literal
+from command import UserError
 from memory_decoder import LOGITS_AT_ONCE, DecoderCache
+from texts import shared_prefix
 
 RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
@@ -95,16 +96,15 @@ class Step:
 class MemoryAugmentedLM:
     """A frozen base model with a MemoryDecoder beside it."""
 
-    def __init__(self, base, decoder, header="", gate=None):
-        """header: what every prompt begins with; its states were no entries in training, so the memory skips them.
-
-        gate: what chooses alpha under the rule auto, if there is one.
-        """
+    def __init__(self, base, decoder, template=None, gate=None):
+        """template: the form of what the memory was trained on. gate: what chooses alpha under the rule auto, if there is one."""
         if (decoder.sizes["hidden_size"], decoder.sizes["vocab_size"]) != (base.width, base.vocabulary):
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
-        self.base, self.decoder = base, decoder.to(base.device).eval()
-        self.header, self.gate = base.encode(header), gate
+        self.base, self.decoder, self.gate = base, decoder.to(base.device).eval(), gate
+        # Every prompt begins with the header. Its states were no entries in training, so the memory skips them.
+        self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
+        self.ends, self.stops = (template.ends(base), template.stops(base)) if template else (base.ends, [])
 
     def skipped(self, ids):
         """How many leading ids are the header, whose states the memory does not read; one id is always left."""
@@ -112,51 +112,41 @@ class MemoryAugmentedLM:
 
     @torch.no_grad()
     def steps(self, ids, evidence=None):
-        """A generator of (hidden (H,), base logits (V,), memory logits (V,)); send() it each next token id.
+        """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)); send() it each next token id.
 
         One base forward and one decoder forward for each token, both with caches. evidence: gathers what the tokens say.
         """
-        cache, memory_cache = DynamicCache(config=self.base.model.config), DecoderCache()
+        cache, memory_cache = self.base.new_cache(), DecoderCache()
         new, skip = torch.tensor([ids]), self.skipped(ids)
         while True:
-            hidden = self.base.hidden(new, cache)
-            hidden = hidden[0, skip:]
-            features = self.decoder.features(hidden[None].float(), new[:, skip:].to(hidden.device), memory_cache)[0]
+            hidden = self.base.hidden(new, cache)[0, skip:]
+            features = self.decoder.features(hidden[None].float(), memory_cache)[0]
             if evidence is not None:
                 self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
-            logits = self.base.logits(hidden[-1]), self.decoder.output_projection(features[-1])
-            token = yield hidden[-1], *logits
+            base_logits = self.base.logits(hidden[-1])
+            memory = self.decoder.log_probabilities(features[-1], base_logits)
+            token = yield hidden[-1], base_logits, memory
             if evidence is not None:
-                evidence.add(float(torch.log_softmax(logits[1], -1)[token] - torch.log_softmax(logits[0], -1)[token]))
+                evidence.add(float(memory[token] - torch.log_softmax(base_logits, -1)[token]))
             new, skip = torch.tensor([[token]]), 0
-
-    @torch.no_grad()
-    def topics(self, ids):
-        """For each of the ids behind the header, the datastore entry at which the text begins whose topic leads the memory.
-
-        None for a memory without topics.
-        """
-        if not self.decoder.topic:
-            return None
-        topic, read = self.decoder.topic, torch.tensor([ids[self.skipped(ids):]], device=self.base.device)
-        return topic.entry[topic.nearest(read)[0]].tolist()
 
     def weigh(self, hidden, features, tokens, evidence):
         """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""
         rows = max(1, LOGITS_AT_ONCE // self.base.vocabulary)
         for i in range(0, len(tokens), rows):
             block, y = slice(i, i + rows), tokens[i:i + rows, None].to(hidden.device)
-            pair = self.base.logits(hidden[block]), self.decoder.output_projection(features[block])
-            base, memory = (torch.log_softmax(z, -1).gather(1, y)[:, 0] for z in pair)
-            for gain in (memory - base).tolist():
+            base_logits = self.base.logits(hidden[block])
+            memory = self.decoder.log_probabilities(features[block], base_logits)
+            for gain in (memory - torch.log_softmax(base_logits, -1)).gather(1, y)[:, 0].tolist():
                 evidence.add(gain)
 
     @torch.no_grad()
-    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", stops=(), seed=None):
-        """Yield a Step for each token that continues `prompt`, to EOS, a text in `stops`, or max_new_tokens.
+    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", seed=None):
+        """Yield a Step for each token that continues `prompt`, to an end token, a stop text of the template, or max_new_tokens.
 
-        rule auto: the gate chooses each token's alpha in place of the one given, and probabilities are mixed.
-        Raises UserError when prompt and answer exceed the base model's positions, or when there is no gate for auto.
+        prompt: what BaseLM.encode reads. rule auto: the gate chooses each token's alpha in place of the one given, and
+        probabilities are mixed. Raises UserError when prompt and answer exceed the base model's positions, or when
+        there is no gate for auto.
         """
         base, ids = self.base, self.base.encode(prompt)
         if len(ids) + max_new_tokens > base.max_positions:
@@ -164,24 +154,23 @@ class MemoryAugmentedLM:
                             f"reads at most {base.max_positions}; shorten the question or lower max new tokens.")
         if rule == AUTO and self.gate is None:
             raise UserError("This memory has no automatic alpha; train it again to get one.")
-        assert ids[0] == base.bos
         evidence = Evidence() if rule == AUTO else None
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(stops), self.steps(ids, evidence)
-        hidden, base_logits, memory_logits = next(steps)
+        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(self.stops), self.steps(ids, evidence)
+        hidden, base_logits, memory = next(steps)
         for number in range(1, max_new_tokens + 1):
             if rule == AUTO:
-                alpha = float(self.gate.alpha(opinions(base_logits, memory_logits).cpu().numpy(), evidence.means))
-            blended = blend(base_logits, memory_logits, alpha, "probabilities" if rule == AUTO else rule)
+                alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), evidence.means))
+            blended = blend(base_logits, memory, alpha, "probabilities" if rule == AUTO else rule)
             token = sample(blended, temperature, top_k, generator)
-            ended = token == base.eos
+            ended = token in self.ends
             text = visible.add("" if ended else decoded.add(token))
             last = ended or visible.stopped or number == max_new_tokens
-            chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory_logits, blended)]
+            chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory, blended)]
             yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, hidden.float().cpu())
             if last:
                 return
-            hidden, base_logits, memory_logits = steps.send(token)
+            hidden, base_logits, memory = steps.send(token)
 
 
 class DecodedText:

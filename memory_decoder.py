@@ -1,23 +1,20 @@
 """The MemoryDecoder and its loss.
 
 Letters: B sequences, T positions, H width of the base model's hidden states, C width of the decoder,
-V vocabulary, K neighbours, P positions in a flat row.
+V vocabulary, V' tokens of it that the datastore has seen, K neighbours, P positions in a flat row.
 """
 
-import hashlib
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
-import faiss
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from datastore import UserError
+from base_model import file_checksum
+from command import UserError
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
@@ -42,13 +39,13 @@ class Block(nn.Module):
             k, v = cache.append(self, k, v)
         return self.out(local_attention(q, k, v, self.context).transpose(1, 2).reshape(B, T, C))
 
-    def forward(self, x, topic=0, cache=None):
-        """x (B, T, C); topic, added to what attention and MLP read, likewise or 0."""
+    def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C)."""
         if self.norm_first:
-            x = x + self.dropout(self.attend(self.attention_norm(x) + topic, cache))
-            return x + self.dropout(self.mlp(self.mlp_norm(x) + topic))
-        x = self.attention_norm(x + self.dropout(self.attend(x + topic, cache)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x + topic)))
+            x = x + self.dropout(self.attend(self.attention_norm(x), cache))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attend(x, cache)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 def local_attention(q, k, v, context):
@@ -84,10 +81,10 @@ def attend(q, k, v, seen):
 
 
 class DecoderCache:
-    """What decoding one position after another keeps: each block's last context-1 keys and values, the topic's sum of tokens."""
+    """What decoding one position after another keeps: each block's last context-1 keys and values."""
 
     def __init__(self):
-        self.stored, self.total = {}, 0
+        self.stored = {}
 
     def append(self, block, k, v):
         """Keys and values (B, heads, S, C/heads) that the new positions may look at, themselves last."""
@@ -98,199 +95,78 @@ class DecoderCache:
         return k, v
 
 
-class Topic(nn.Module):
-    """Which stored text a text is most like, from the tokens read so far; each of them has a learned vector.
-
-    A network fitted to a few hundred questions tells them apart word by word, and is lost before the same question in other
-    words. So every token has a fixed vector here, fitted in closed form such that the sum over a text's beginning points to how
-    the rest goes on; the nearest of `count` centres, one a stored text or a cluster of them, is the text's topic so far. Vector
-    quantisation as in van den Oord et al. 2017 (arXiv 1711.00937), the codes given by the data instead of learned.
-    """
-
-    RANK = 128  # of the map; numbers in a centre
-    WINDOW = 32  # tokens that a window needs to have a topic
-    SPLITS = 32  # places at which each is parted
-    FITTED = 2_500  # windows, at most, that the map is fitted to
-
-    def __init__(self, vocab_size, count, width):
-        super().__init__()
-        self.register_buffer("table", torch.zeros(vocab_size, self.RANK))
-        self.register_buffer("centres", torch.zeros(count, self.RANK))
-        self.register_buffer("entry", torch.zeros(count, dtype=torch.long))  # first one of the window nearest to the centre
-        self.out = nn.Embedding(count, width)
-
-    def forward(self, tokens, cache=None):
-        """(B, T, C) for tokens (B, T), each place seeing itself and those before."""
-        return self.out(self.nearest(tokens, cache))
-
-    def nearest(self, tokens, cache=None):
-        """The number (B, T) of each place's topic."""
-        total = self.table[tokens].cumsum(1)
-        if cache is not None:
-            total = total + cache.total
-            cache.total = total[:, -1:]
-        with torch.autocast(total.device.type, enabled=False):
-            return (total @ self.centres.T).argmax(-1)
-
-    @classmethod
-    def windows(cls, offsets):
-        """(start, end) of the windows that are long enough; raises UserError when none is."""
-        found = [(start, end) for start, end in pairwise(offsets) if end - start >= cls.WINDOW]
-        if not found:
-            raise UserError(f"Topics are fitted to texts of at least {cls.WINDOW} entries, and there are none; leave --topic at 0.")
-        return found
-
-    @classmethod
-    def splits(cls, length):
-        """Numbers of tokens (SPLITS,) after which a window of so many is parted."""
-        return torch.linspace(cls.WINDOW // 4, length - cls.WINDOW // 4, cls.SPLITS).long()
-
-    @torch.no_grad()
-    def fit(self, embeddings, tokens, windows, seed=0):
-        """Fit table and centres to the windows tokens[start:end], given the base model's embeddings (V, H), on the CPU.
-
-        A centre is the mean direction over a window's beginnings, or a cluster of those.
-        """
-        centre, projection = fit_map(embeddings, tokens, windows, seed)
-        r = projection.shape[1]  # less than RANK for a very narrow base model
-        for rows, part in zip(self.table.split(16_384), embeddings.split(16_384), strict=True):
-            rows[:, :r] = (part.float() - centre) @ projection
-        sums = (self.table[tokens[start:end]].cumsum(0) for start, end in windows)
-        begun = torch.stack([F.normalize(total[self.splits(len(total)) - 1], dim=-1).mean(0) for total in sums])
-        begun = F.normalize(begun, dim=-1)
-        self.centres.copy_(cluster(begun, len(self.centres), seed))
-        nearest = torch.cat([(part @ begun.T).argmax(1) for part in self.centres.split(4096)])
-        self.entry.copy_(torch.tensor([start for start, _ in windows])[nearest])
-        # Like topics start alike, and small, so that training soon tells them apart.
-        mix = torch.randn(self.RANK, self.out.embedding_dim, generator=torch.Generator().manual_seed(seed))
-        self.out.weight.copy_(0.3 * self.centres @ mix)
-
-
-def fit_map(embeddings, tokens, windows, seed):
-    """(centre (H,), projection (H, R)) by which the mean embedding of a window's beginning tells that of its rest.
-
-    Ridge regression of reduced rank (Izenman 1975) of the rest's mean on the beginning's; both are whitened by the covariance
-    of single tokens, since that is their noise, and the rest's then by its own. How much ridge, and SPLITS, were chosen by
-    questions held out with their answers (benchmarks/topics.py).
-    """
-    rng, first, rest = np.random.default_rng(seed), [], []
-    for i in np.sort(rng.permutation(len(windows))[:Topic.FITTED]):
-        start, end = windows[i]
-        n, total = Topic.splits(end - start), embeddings[tokens[start:end]].float().cumsum(0)
-        first.append(total[n - 1] / n[:, None]), rest.append((total[-1] - total[n - 1]) / (end - start - n)[:, None])
-    first, rest = torch.cat(first), torch.cat(rest)
-    sample = embeddings[tokens[np.sort(rng.permutation(len(tokens))[:20_000])]].float()
-    centre, white = first.mean(0), whitening(sample, 1e-3)
-    first, rest = (first - centre) @ white, (rest - rest.mean(0)) @ white
-    rest = rest @ whitening(rest, 0.03)
-    gram = first.T @ first
-    ridge = (0.3 * gram.trace() / len(gram) + 1e-12) * torch.eye(len(gram))
-    solved = torch.linalg.solve(gram + ridge, first.T @ rest)
-    _, axes = torch.linalg.eigh(solved.T @ gram @ solved)  # of what is predicted
-    return centre, white @ solved @ axes[:, -Topic.RANK:]
-
-
-def cluster(x, count, seed):
-    """count directions (count, R) for unit rows x (P, R): the rows themselves, or spherical k-means of them when there are more."""
-    if len(x) == count:
-        return x
-    kmeans = faiss.Kmeans(x.shape[1], count, seed=seed, spherical=True, min_points_per_centroid=1)
-    kmeans.train(x.numpy())
-    return torch.from_numpy(kmeans.centroids)
-
-
-def whitening(x, share):
-    """The map (H, H) that gives rows x (P, H) the identity as covariance, once `share` of its mean variance is added."""
-    covariance = torch.cov(x.T)
-    values, vectors = torch.linalg.eigh(covariance + (share * covariance.trace() / len(covariance) + 1e-12) * torch.eye(x.shape[1]))
-    return vectors * values**-0.5
-
-
 class MemoryDecoder(nn.Module):
     """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
 
-    hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> output projection -> logits (B, T, V).
-    With context=1 and without topics every position is read alone, as in the original demo. topic: number of topics, one of
-    which, named by the tokens read, every layer reads too (Topic); 0: none.
+    hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> features (B, T, C) -> output
+    projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. With residual, these are
+    added to the base's own logits of the same tokens, and start at zero. seen: token ids (V',). unseen_share: the
+    probability of all other tokens together. With context=1 every position is read alone, as in the original demo.
     """
 
-    def __init__(self, hidden_size, vocab_size, decoder_dim=256, num_layers=6, num_heads=32, context=128, norm_first=True,
-                 topic=0, dropout=0.0):
+    def __init__(self, hidden_size, vocab_size, seen, unseen_share=0.0, decoder_dim=256, num_layers=6, num_heads=32,
+                 context=64, norm_first=True, residual=True, dropout=0.0):
         super().__init__()
-        if decoder_dim % num_heads:
-            raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
-                            f"choose a --decoder_dim that is a multiple of {num_heads}.")
-        self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "decoder_dim": decoder_dim,
-                      "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first,
-                      "topic": topic}
+        check_heads(decoder_dim, num_heads)
+        self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "unseen_share": unseen_share,
+                      "decoder_dim": decoder_dim, "num_layers": num_layers, "num_heads": num_heads, "context": context,
+                      "norm_first": norm_first, "residual": residual}
+        self.unseen_share, self.residual = unseen_share, residual
+        self.register_buffer("seen", torch.as_tensor(seen, dtype=torch.long))
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
-        self.topic = Topic(vocab_size, topic, decoder_dim) if topic else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
-        self.output_projection = nn.Linear(decoder_dim, vocab_size)
+        self.output_projection = nn.Linear(decoder_dim, len(self.seen))
+        if residual:
+            nn.init.zeros_(self.output_projection.weight), nn.init.zeros_(self.output_projection.bias)
 
-    def features(self, hidden, read=None, cache=None):
-        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32.
-
-        read (B, T): the tokens whose states they are; a decoder without topics does not ask for them.
-        """
-        topic = self.topic(read, cache) if self.topic else 0
+    def features(self, hidden, cache=None):
+        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
         x = self.dropout(self.input_norm(self.input_projection(hidden)))
         for block in self.blocks:
-            x = block(x, topic, cache)
+            x = block(x, cache)
         return self.output_norm(x)
 
-    def forward(self, hidden, read=None, cache=None):
-        return self.output_projection(self.features(hidden, read, cache))
+    def seen_logits(self, features, base_logits):
+        """Logits (..., V') of the seen tokens, from features (..., C) and the base's logits of all tokens (..., V)."""
+        z = self.output_projection(features)
+        return z + base_logits[..., self.seen] if self.residual else z
 
-    @torch.no_grad()
-    def start_from_head(self, head, keys):
-        """Start as the best decoder_dim-wide copy of the base model: its logits, from its hidden states.
+    def log_probabilities(self, features, base_logits):
+        """The memory's log probabilities (..., V), from features (..., C) and the base's logits (..., V).
 
-        head: the base's output weight (V, H). keys: a sample of hidden states (P, H). Among all rank-C maps M
-        the start minimises E|W(h - mean) - M(h - mean)|^2, with W centred over the vocabulary since softmax
-        ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
-        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections; the two
-        LayerNorms fix the length of the projected state, so the start is that map up to scale.
+        A kNN distribution has mass on seen tokens only. The rest, unseen_share, is divided as the base divides it.
         """
-        keys = keys.float().to(head.device)
-        mean, C = keys.mean(0), self.sizes["decoder_dim"]
-        centre = head.mean(0, dtype=torch.float32)
-        gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
-        covariance = torch.cov(keys.T)
-        # A little of the identity keeps directions that the sample hardly shows from being blown up.
-        covariance, gram = covariance.cpu(), gram.cpu()  # not every accelerator has eigh
-        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)))
-        root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
-        _, Q = torch.linalg.eigh(root @ gram @ root)
-        root, inverse, Q = (x.to(head.device) for x in (root, inverse, Q[:, -C:]))  # Q (H, C), fewer if H is less
-        r = Q.shape[1]
-        project = self.input_projection
-        project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
-        project.weight[r:], project.bias[r:] = project.weight[r:] * 0.1, 0
-        self.output_projection.weight.zero_()
-        for rows, part in zip(self.output_projection.weight.split(16_384), head.split(16_384), strict=True):
-            rows[:, :r] = (part.float() - centre) @ (root @ Q)
-        self.output_projection.bias.copy_(head @ mean.to(head.dtype) - centre @ mean)
-        for block in self.blocks:
-            for layer in (block.out, block.mlp[-1]):
-                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        z = torch.log_softmax(self.seen_logits(features, base_logits), -1)
+        if len(self.seen) == self.sizes["vocab_size"]:
+            return z
+        unseen = base_logits.index_fill(-1, self.seen, -math.inf).logsumexp(-1, keepdim=True)
+        rest = base_logits - unseen + math.log(self.unseen_share)
+        return rest.index_copy(-1, self.seen, z + math.log1p(-self.unseen_share))
 
     def save(self, path):
+        """Write tensors and plain numbers, in float32, to one file."""
         torch.save({"sizes": self.sizes, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}, path)
 
     @classmethod
     def load(cls, path):
-        """Read a file that `save` wrote: tensors and plain numbers, nothing else; raises UserError for weights of other shapes."""
+        """Read a file that `save` wrote: tensors and plain numbers, nothing else; raises UserError for another version's."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        decoder = cls(**saved["sizes"])
         try:
+            decoder = cls(seen=saved["weights"]["seen"], **saved["sizes"])
             decoder.load_state_dict(saved["weights"])
-        except RuntimeError:
+        except (KeyError, RuntimeError, TypeError):
             raise UserError(f"The memory {path} was made by another version of this project; train again.") from None
         return decoder.eval()
+
+
+def check_heads(decoder_dim, num_heads=32):
+    """Raise UserError where the heads do not divide the width."""
+    if decoder_dim % num_heads:
+        raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
+                        f"choose a --decoder_dim that is a multiple of {num_heads}.")
 
 
 def merge_votes(tokens, weights):
@@ -311,7 +187,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows):
+    def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows, added):
         total = kl_weight * weights.sum(1) + (1 - kl_weight)  # what multiplies q in the gradient; 1 but for lost neighbours
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)]
         cross, ce = weights.new_zeros(()), weights.new_zeros(())
@@ -320,6 +196,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
             block = slice(i, i + rows)
             f, p, t, y = features[block], weights[block], tokens[block], targets[block, None]
             z = F.linear(f, head, bias.to(f.dtype)).float()
+            if added is not None:
+                z += added(block)
             z.sub_(z.amax(1, keepdim=True))
             z_t, z_y = z.gather(1, t), z.gather(1, y)
             mass = z.exp_().sum(1, keepdim=True)
@@ -338,43 +216,42 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
+        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None, None
 
 
-def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
+def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5, added=None):
     """(loss, kl, ce) in nats a position: loss = kl_weight * KL(kNN || memory) + (1 - kl_weight) * CE(next token).
 
-    features (P, C); projection maps them to logits (V); tokens and weights (P, K) are the sparse kNN
-    distributions; targets (P,) the next tokens. No (P, V) target exists, and logits exist for one block of
-    positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
+    features (P, C); projection maps them to logits (V'); tokens and weights (P, K) are the sparse kNN distributions and
+    targets (P,) the next tokens, all as places among the seen tokens. added: maps a slice of the positions to logits
+    (.., V') that are added and not trained. No (P, V') target exists, and logits exist for one block of positions at a
+    time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
     """
     P, rows = len(targets), max(1, LOGITS_AT_ONCE // projection.out_features)
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     loss, cross, ce = _SparseCrossEntropy.apply(features, projection.weight, projection.bias, tokens, weights, targets,
-                                                kl_weight, rows)
+                                                kl_weight, rows, added)
     _, merged = merge_votes(tokens, weights)
     entropy = -torch.xlogy(merged, merged).sum()
     return (loss - kl_weight * entropy) / P, (cross - entropy) / P, ce / P
 
 
 class TrainingLoss(nn.Module):
-    """memory_loss as a module, so that several processes can share its gradients."""
+    """memory_loss as a module, so that several processes can share its gradients.
 
-    def __init__(self, decoder, kl_weight):
+    base_logits: maps hidden states (P, H) to the base's logits (P, V') of the seen tokens.
+    """
+
+    def __init__(self, decoder, kl_weight, base_logits):
         super().__init__()
-        self.decoder, self.kl_weight = decoder, kl_weight
+        self.decoder, self.kl_weight, self.base_logits = decoder, kl_weight, base_logits
 
-    def forward(self, hidden, read, real, tokens, weights, targets):
-        """hidden (B, T, H), read (B, T), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
-        features = self.decoder.features(hidden, read)[real]
-        return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight)
-
-
-def file_checksum(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def forward(self, hidden, real, tokens, weights, targets):
+        """hidden (B, T, H), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
+        features, states = self.decoder.features(hidden)[real], hidden[real]
+        added = (lambda block: self.base_logits(states[block])) if self.decoder.residual else None
+        return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight, added)
 
 
 def read_manifest(folder):

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
+import build_base_model
 import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
-import build_base_model
 from datastore import BaseLM
 from memory_decoder import MemoryDecoder
 

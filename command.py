@@ -1,0 +1,42 @@
+"""The command line of both scripts: a dataclass as options, and a user's error as one sentence."""
+
+import sys
+from dataclasses import field
+
+from transformers import HfArgumentParser
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that says how."""
+
+
+def option(default, text, **more):
+    """A dataclass field that is also a command-line flag with this help text."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def parse_options(options, description, arguments, presets):
+    """Return an `options` dataclass filled from command-line arguments (None: those of this process).
+
+    presets: {flag: {name: default}}. A flag that is set changes defaults, so a value given beside it wins.
+    """
+    parser = HfArgumentParser(options, description=description, allow_abbrev=False)
+    for _ in range(2):
+        parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown: {' '.join(unknown)} (--help lists the options)")
+        for flag, defaults in presets.items():
+            if getattr(parsed, flag):
+                parser.set_defaults(**defaults)
+    return parsed
+
+
+def one_line(error):
+    """An error's text on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def fail(sentence):
+    """Print the sentence as an error and return the exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2

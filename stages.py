@@ -1,0 +1,155 @@
+"""What a run leaves on disk from stage to stage, and what it will take.
+
+Letters: N entries, H key width, V' seen tokens, B windows a step, T positions of a window.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+
+import psutil
+import torch
+
+from command import UserError
+from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
+from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE
+
+
+class Stage:
+    """The files of one step, in a folder named by all that they depend on; done.json is written last."""
+
+    def __init__(self, root, name, inputs, parent=None):
+        text = json.dumps([parent.key if parent else None, inputs], sort_keys=True)
+        self.name, self.key = name, hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.path = root / f"{name}-{self.key}"
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def begin(self):
+        """Whether there is work to do; makes the folder and starts the clock."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+        return not (self / "done.json").exists()
+
+    @property
+    def facts(self):
+        return json.loads((self / "done.json").read_text())
+
+    def finish(self, **facts):
+        facts["seconds"] = round(time.monotonic() - self.began, 3)
+        write_atomically(self / "done.json", json.dumps(facts))
+
+
+class Stages:
+    """The five stages of one run, each keyed by its own inputs and by the stage before it."""
+
+    def __init__(self, root, options, base, template, rows, held):
+        def digest(rows):
+            return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+        def values(*names):
+            return {name: str(getattr(options, name)) for name in names}
+
+        words = [*(str(words) for words, _ in template.parts), str(template.tail)]
+        self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(rows), template.pattern,
+                                                   words, values("max_length", "positions")])
+        self.index = Stage(root, "index", values("index", "seed"), self.datastore)
+        self.neighbours = Stage(root, "neighbours", values("k"), self.index)
+        self.decoder = Stage(root, "decoder", ["seen tokens", values(
+            "decoder_dim", "context", "norm", "head", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
+            "kl_weight", "knn_temperature", "seed")], self.neighbours)
+        self.report = Stage(root, "report", [digest(held)], self.decoder)
+
+    def __iter__(self):
+        return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
+
+
+def plan(options, base, windows, held_windows, seen, stages, is_main=True):
+    """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string.
+
+    What auto chose depends on the memory that was free, so the choice is kept with the stage. Files that an earlier run
+    left for this one are not asked for again, and only the main process asks.
+    """
+    output = stages.index.path.parent
+    entries = sum(len(w.ids) - 1 - w.skip for w in windows)
+    free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(output).free
+    factory = choose_index(entries, base.width, free_memory // 2) if options.index == "auto" else options.index
+    if (stages.index / "factory.txt").exists():
+        factory = (stages.index / "factory.txt").read_text()
+    if not is_main:
+        return factory
+    disk = max(0, estimate_disk(options, base, entries, factory)
+               - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
+    memory, seconds = estimate_memory(options, base, entries, seen, factory), estimate_seconds(options, base, windows,
+                                                                                              held_windows, entries, seen)
+    print(f"plan: {entries:,} entries of width {base.width}, {seen:,} of {base.vocabulary:,} tokens seen; index {factory}; disk "
+          f"{disk / 2**30:.2f} GiB of {free_disk / 2**30:.1f} free; memory {(memory + held_memory()) / 2**30:.1f} GiB in all, "
+          f"{free_memory / 2**30:.1f} free beside the model; about {max(1, round(seconds / 60))} min", flush=True)
+    if disk > free_disk:
+        raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {output} has {free_disk / 2**30:.2f}; lower "
+                        "--max_examples or --k, or name another --output_dir.")
+    if memory > free_memory:
+        raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {free_memory / 2**30:.2f} "
+                        "are free; lower --max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
+    return factory
+
+
+def held_memory():
+    """Bytes of memory that this process holds now: libraries and base model."""
+    return psutil.Process().memory_info().rss
+
+
+def index_bytes(base, entries, factory):
+    """Bytes of a faiss index over so many entries."""
+    reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
+    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
+    return entries * (width + 8)
+
+
+def estimate_disk(options, base, entries, factory):
+    """Bytes of disk of all stages: keys, the index in its stage and published, neighbours."""
+    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(base, entries, factory)
+
+
+def decoder_weights(options, base, seen):
+    """Parameters of the decoder, about."""
+    return options.decoder_dim * (seen + base.width + 75 * options.decoder_dim)
+
+
+def estimate_memory(options, base, entries, seen, factory):
+    """Bytes of memory beside the base model that the hungriest stage takes."""
+    positions = options.batch_size * options.max_length
+    reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
+    scores = min(SCORES_AT_ONCE, positions * 32 * reach)  # of one layer; six are kept
+    learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
+                + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen) + 4 * 2 * seen * base.width)
+    scoring = 6 * 4 * LOGITS_AT_ONCE // 4
+    return index_bytes(base, entries, factory) + max(learning, scoring)
+
+
+def timed(work):
+    """Seconds that `work` takes the second time; it returns a number, so that an accelerator has finished."""
+    work()
+    began = time.monotonic()
+    work()
+    return max(time.monotonic() - began, 1e-5)
+
+
+def estimate_seconds(options, base, windows, held_windows, entries, seen):
+    """Seconds for all stages, from a measured forward pass and counts of multiplications."""
+    ids = torch.tensor([w.ids for w in windows[:1]])
+    pace = timed(lambda: float(base.hidden(ids).sum())) / ids.numel()  # seconds a token of the base
+    one = timed(lambda: float(base.hidden(ids[:, :1].expand(16, 1)).sum()))  # a step of writing 16 texts at once
+    parameters = sum(p.numel() for p in base.decoder.parameters())
+    multiply = pace / (2 * parameters)  # seconds of one multiplication and addition
+    weights = decoder_weights(options, base, seen)
+    positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + 16 * min(256, options.max_length)
+    reading = pace * sum(len(w.ids) for part in (windows, held_windows) for w in part)
+    searched = entries if entries <= FLAT_LIMIT else entries / PROBED
+    searching = 2 * base.width * searched * (entries + positions) * multiply
+    learning = (6 * weights + 2 * seen * base.width) * entries * options.num_epochs * 2 * multiply
+    scoring = positions * (2 * base.width * base.vocabulary + 60 * base.vocabulary) * multiply
+    return reading + searching + learning + scoring + one * min(256, options.max_length)
