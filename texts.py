@@ -27,10 +27,11 @@ class Template:
     The last field is the answer and the one before it is the question.
     """
 
-    def __init__(self, pattern, parts, tail="", header=None):
-        self.pattern, self.parts, self.tail = pattern, [(Literal(words), field) for words, field in parts], Literal(tail)
+    def __init__(self, pattern, parts, tail="", is_chat=False):
+        self.pattern, self.is_chat = pattern, is_chat
+        self.parts, self.tail = [(Literal(words), field) for words, field in parts], Literal(tail)
         self.fields = [field for _, field in parts]
-        self.header = Literal(self.parts[-2:][0][0].lstrip() if header is None else header)
+        self.header = Literal(self.parts[-2:][0][0].lstrip())  # what every prompt begins with
 
     @classmethod
     def parse(cls, pattern, base=None, columns=()):
@@ -51,7 +52,7 @@ class Template:
             if field:
                 parts.append((tail, field))
                 tail = ""
-        if pattern.split()[:1] == [CHAT] and len(parts) in (0, 2) and not (tail if parts else pattern != CHAT):
+        if pattern.strip() == CHAT or [words.strip() for words, _ in parts] == [CHAT, ""] and not tail.strip():
             return cls._chat([field for _, field in parts] or chat_fields(columns), base)
         if not parts:
             raise UserError(f"The template {pattern!r} names no field; write fields in braces, e.g. {{Question}}, "
@@ -63,11 +64,7 @@ class Template:
         """The base model's chat template around two fields, without a system line that the template adds by itself."""
         ask, reply, tail = chat_words(base) if base else ("", "", "")
         question, answer = fields
-        return cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (reply, answer)], tail, header=ask)
-
-    @property
-    def is_chat(self):
-        return self.pattern.split()[0] == CHAT
+        return cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (reply, answer)], tail, is_chat=True)
 
     def render(self, row):
         """The whole text of one row (a dict that has every field), as strings and Literals."""
@@ -81,7 +78,9 @@ class Template:
         """
         if len(self.parts) == 1:
             return ["\n".join([*(text for turn in turns for text in turn), message])]
-        reply, between = self.parts[-1][0], self.tail if self.tail.strip() else Literal("\n")
+        reply, between = self.parts[-1][0], self.tail
+        if not between or not between[-1].isspace():
+            between = Literal(between + "\n")
         text = [piece for question, answer in turns for piece in (self.header, question, reply, answer, between)]
         # A chat template's words are kept to the letter; elsewhere the answer brings its own first space.
         return [*text, self.header, message, reply if self.is_chat else Literal(reply.rstrip())]

@@ -10,23 +10,48 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import build_base_model
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
-from datastore import BaseLM
+from base_model import BaseLM
 from memory_decoder import MemoryDecoder
+from texts import Template
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
 ROWS = DEMO_ROWS[::2]  # each answer once
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+# As Gemma's, in small: a mark, the role and a newline in front of a turn, another mark behind it.
+CHAT_TEMPLATE = ("<bos>{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+
+
+def make_tokenizer(texts, vocab_size=512):
+    """A byte-fallback BPE tokenizer built as Gemma's is: spaces as U+2581, single digits, no EOS behind a text."""
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, limit_alphabet=160)
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "\u2581")
+    learner.pre_tokenizer = pre_tokenizers.Split(
+        Regex("\u2581?\\p{L}+|\\p{N}|\u2581?[^\\s\u2581\\p{L}\\p{N}]+|\u2581+(?=\u2581)|\\n+|."), "isolated")
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    # Byte tokens take part only by their place in the vocabulary, so that only SPECIAL are ever matched in text.
+    tokenizer = Tokenizer(models.BPE(vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]],
+                                     unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        additional_special_tokens=["<turn>", "<end>"], padding_side="left", chat_template=CHAT_TEMPLATE)
 
 
 def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
     """Save a random Gemma of width 32 and 512 tokens, larger in its weights than usual so that logits differ."""
-    texts = [" ".join(row.values()) for row in tokenizer_rows]
-    tokenizer = build_base_model.train_tokenizer(texts, 512)
+    tokenizer = make_tokenizer([" ".join(row.values()) for row in tokenizer_rows])
     torch.manual_seed(seed)
     config = GemmaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3)
@@ -35,16 +60,13 @@ def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
     return folder
 
 
-def make_decoder(seed=0, hidden=32, vocab=512, **sizes):
-    """A MemoryDecoder for the tiny Gemma, at random weights."""
+def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):
+    """A MemoryDecoder for the tiny Gemma, at random weights; unless told otherwise it has seen two tokens in three."""
     torch.manual_seed(seed)
-    return MemoryDecoder(hidden, vocab, **{"decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}).eval()
-
-
-def with_any_topic(decoder):
-    """The decoder with topics drawn at random in place of fitted ones."""
-    torch.nn.init.normal_(decoder.topic.table), torch.nn.init.normal_(decoder.topic.centres)
-    return decoder
+    seen = [token for token in range(vocab) if token % 3] if seen is None else seen
+    decoder = MemoryDecoder(hidden, vocab, seen, **{"unseen_share": 0.01, "decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes})
+    torch.nn.init.normal_(decoder.output_projection.weight, std=0.3)  # a fresh one says what the base says
+    return decoder.eval()
 
 
 @pytest.fixture(scope="session")
