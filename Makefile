@@ -12,7 +12,7 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
-bench: .venv/runtime
+bench: .venv/demo
 	$(BIN)/python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape
 
 .venv/runtime: requirements.txt

@@ -1,20 +1,23 @@
-"""What one would take instead of a memory: LoRA or full tuning of the same base, and retrieval into its prompt."""
+"""What one would take instead of a memory: LoRA or full tuning of the same base."""
 
 import copy
+import sys
 import time
+from pathlib import Path
 
-import bm25s
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
-from common import script
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
-from datastore import BaseLM, entries_of, hidden_batches, shared_prefix
+from base_model import BaseLM, fast_bfloat16
+from datastore import hidden_batches
 from generation import opinions
+from texts import entries_of
+from train_memory_decoder import epoch_batches
 
-CHUNK, STRIDE = 128, 64  # tokens of a retrieved passage, and of text predicted behind one retrieval
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -29,11 +32,11 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
     model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    precise = script.training_precision(base.device.type) == "no"
+    precise = not fast_bfloat16(base.device.type)
     lengths, began, epoch, steps = np.array([len(w.ids) for w in windows]), time.monotonic(), 0, 0
     model.train()
     while True:
-        for numbers in script.epoch_batches(lengths, batch_size, seed, epoch):
+        for numbers in epoch_batches(lengths, batch_size, seed, epoch):
             share = steps / most if most else (time.monotonic() - began) / seconds
             if share >= 1:
                 return wrap(base, model.merge_and_unload() if lora else model, lora, parameters), steps, epoch
@@ -72,7 +75,7 @@ def log_probabilities(base, windows, batch_size=16):
 
 def score_pair(base, tuned, windows, batch_size=16):
     """What evaluation.score_positions says of base and memory, with a tuned model in the memory's place."""
-    values, example, position, *_ = entries_of(windows)
+    values, example, position, _ = entries_of(windows)
     parts, done = {"base": [], "memory": [], "opinions": []}, 0
     batches = (hidden_batches(model, windows, batch_size) for model in (base, tuned))
     for (_, first), (_, second) in zip(*batches, strict=True):
@@ -84,51 +87,3 @@ def score_pair(base, tuned, windows, batch_size=16):
             parts["opinions"].append(opinions(z, m).cpu().numpy())
             done += len(z)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
-
-
-class Retriever:
-    """BM25 over chunks of the training texts."""
-
-    def __init__(self, base, texts):
-        ids = [base.encode(text, end=True)[1:] for text in texts]
-        self.chunks = [row[i:i + CHUNK] for row in ids for i in range(0, len(row), CHUNK)]
-        self.base, self.index = base, bm25s.BM25()
-        self.index.index(bm25s.tokenize([base.tokenizer.decode(c) for c in self.chunks], stopwords="en", show_progress=False),
-                         show_progress=False)
-
-    def best(self, queries):
-        """For each query text the chunk (token ids) that BM25 puts first."""
-        tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
-        found, _ = self.index.retrieve(tokens, k=1, show_progress=False)
-        return [self.chunks[i] for i in found[:, 0]]
-
-
-@torch.no_grad()
-def in_context(base, retriever, texts, template, max_length, batch_size=16):
-    """Log probabilities (P,) and example (P,) with a passage before the text (Ram et al. 2023, arXiv 2302.00083).
-
-    Every STRIDE tokens the passage is looked up anew, by the last STRIDE tokens before them: what comes is never in the query.
-    """
-    header, jobs = base.encode(template.prefix), []
-    for example, text in enumerate(texts):
-        ids = base.encode(text, end=True)
-        for start in range(shared_prefix(ids, header) + 1, len(ids), STRIDE):
-            jobs.append((example, ids[max(1, start - (max_length - CHUNK - STRIDE)):start], ids[start:start + STRIDE]))
-    passages = retriever.best([base.tokenizer.decode(before[-STRIDE:]) or "law" for _, before, _ in jobs])
-    out, examples = [], []
-    for i in range(0, len(jobs), batch_size):
-        rows = [([base.bos, *passage, *before, *new], len(new)) for (_, before, new), passage in
-                zip(jobs[i:i + batch_size], passages[i:i + batch_size], strict=True)]
-        ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
-        for hidden, (row, count) in zip(base.hidden(ids), rows, strict=True):
-            logits = base.logits(hidden[len(row) - count - 1:len(row) - 1])
-            y = torch.tensor(row[-count:], device=logits.device)[:, None]
-            out.append(torch.log_softmax(logits, -1).gather(1, y)[:, 0].cpu().numpy())
-        examples += [np.full(len(new), example) for example, _, new in jobs[i:i + batch_size]]
-    return np.concatenate(out), np.concatenate(examples)
-
-
-def texts_of(given, name, most=None):
-    """Rendered texts of legal_qa/<name>.jsonl."""
-    rows = script.read_rows(given.data / f"legal_qa/{name}.jsonl", common.TEMPLATE)[:most]
-    return [common.TEMPLATE.render(row) for row in rows]

@@ -1,13 +1,17 @@
-"""What the embedded default answers at alpha 0, at the page's own setting and at 1: same questions, same seed, side by side.
+"""What the demo answers: twelve questions at alpha 0, automatic alpha and 1, and counts over 85 questions.
 
     python benchmarks/demo_answers.py > answers.md    # after train_memory_decoder.py --demo
 
-Asks through the page's own code with the page's own defaults, and writes Markdown.
+Asks through the page's own code with the page's own defaults and one seed, and writes Markdown. The counts stand beside
+those of the base alone and of the base with the stored answer that BM25 ranks first in its prompt.
 """
 
 import json
 import sys
 from pathlib import Path
+
+import bm25s
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,53 +24,96 @@ SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
 AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
          "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
+ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text(encoding="utf-8").splitlines()]
 UNSEEN = [json.loads(line) for line in (Path(__file__).parent / "unseen_questions.jsonl").read_text(encoding="utf-8").splitlines()]
 SHOWN = 3  # of the unseen questions, beside the stored ones
+STORED = 40  # stored questions that are asked
+RUN = 8  # words; an answer in which so many come twice in the same order repeats itself
 
 
-def stored_questions(store):
-    """The shortest question of a remembered text in each of the areas, as (area, question)."""
-    rows = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text(encoding="utf-8").splitlines()]
-    remembered = "\n".join(store.texts)
+def stored_questions(rows):
+    """The shortest stored question in each of the areas, as (area, question)."""
+    stored = {row["Question"] for row in rows}
     for area in AREAS:
-        questions = [row["Question"] for row in rows if row["Title"].startswith(area) and row["Answer"] in remembered]
-        yield area, min(questions, key=len)
+        yield area, min((row["Question"] for row in ROWS if row["Title"].startswith(area) and row["Question"] in stored), key=len)
 
 
-def recalled(chat, settings, alpha, most=40):
-    """Of how many remembered questions the answer begins with the 24 words stored with them, is theirs to the end, all asked."""
-    texts = chat.store.texts[::len(chat.store.texts) // most][:most]
-    pairs = [text.removeprefix(chat.template.header).split("\nAnswer:") for text in texts]
-    answers = [list(chat.answer(question, [], alpha, **settings))[-1][0].split() for question, _ in pairs]
-    words = [stored.split() for _, stored in pairs]
-    begun = sum(a[:24] == b[:24] for a, b in zip(answers, words, strict=True))
-    return begun, sum(a == b for a, b in zip(answers, words, strict=True)), len(words)
-
-
-def shared(answer, stored):
-    """The largest share of an answer's sequences of six words that stand in one of the stored answers, 0 to 1."""
+def repeats(answer):
+    """Whether some run of RUN words comes twice."""
     words = answer.split()
-    parts = [" ".join(words[i:i + 6]) for i in range(len(words) - 5)]
-    return max(sum(part in text for part in parts) for text in stored) / max(1, len(parts))
+    runs = [tuple(words[i:i + RUN]) for i in range(len(words) - RUN + 1)]
+    return len(set(runs)) < len(runs)
 
 
-def unseen(chat, settings, alpha):
-    """Ask what no row asks, and print each answer's beginning; {set: (right topic, right area, stored whole, questions)}.
+class Nearest:
+    """BM25 over the stored answers."""
 
-    Every stored answer names its area and topic first, so an answer's own first words say where it comes from.
+    def __init__(self, rows):
+        titles = {row["Answer"]: row["Title"] for row in ROWS}
+        self.answers = list(dict.fromkeys(row["Answer"] for row in rows))
+        self.titles = [titles[answer] for answer in self.answers]
+        self.index = bm25s.BM25()
+        self.index.index(self.words(self.answers), show_progress=False)
+
+    @staticmethod
+    def words(texts):
+        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+
+    def __call__(self, text):
+        """(title, answer) of the stored answer nearest to a text."""
+        found, _ = self.index.retrieve(self.words([text or "-"]), k=1, show_progress=False)
+        return self.titles[found[0, 0]], self.answers[found[0, 0]]
+
+
+@torch.no_grad()
+def base_answers(chat, questions, temperature, batch_size=15):
+    """The base's own answers to questions in its chat form, by transformers' generate."""
+    base, answers = chat.model.base, []
+    torch.manual_seed(SEED)
+    for i in range(0, len(questions), batch_size):
+        prompts = [base.encode(chat.template.prompt(question)) for question in questions[i:i + batch_size]]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[base.eos] * (longest - len(p)) + p for p in prompts], device=base.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+        out = base.model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=SETTINGS["top_k"],
+                                  max_new_tokens=SETTINGS["max_new_tokens"], pad_token_id=base.eos)
+        answers += base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return answers
+
+
+def counts(answers, nearest):
+    """Of answers to UNSEEN: (title named first, area named first, nearest stored answer of the right topic, of the right area,
+    repetitions).
+
+    Every stored answer names its area and topic first; what is nearest to an answer counts for models that do not.
     """
-    counts, stored = {}, [cell(text) for text in chat.store.texts]
-    for row in UNSEEN:
-        answer = cell(list(chat.answer(row["Question"], [], alpha, **{**settings, "max_new_tokens": 90}))[-1][0])
-        found = [answer.startswith(row["Title"] + "."), answer.startswith(row["Title"].partition(":")[0] + ":"),
-                 shared(answer, stored) > 0.95, True]
-        counts[row["Set"]] = [n + hit for n, hit in zip(counts.get(row["Set"], [0] * 4), found, strict=True)]
-        print(f"- **{row['Question']}** ({row['Title']}) {answer}", flush=True)
-    return counts
+    areas = [row["Title"].partition(":")[0] for row in UNSEEN]
+    found = [nearest(answer)[0] for answer in answers]
+    return (sum(a.strip().startswith(row["Title"] + ".") for a, row in zip(answers, UNSEEN, strict=True)),
+            sum(a.strip().startswith(area + ":") for a, area in zip(answers, areas, strict=True)),
+            sum(title == row["Title"] for title, row in zip(found, UNSEEN, strict=True)),
+            sum(title.partition(":")[0] == area for title, area in zip(found, areas, strict=True)),
+            sum(map(repeats, answers)))
 
 
 def cell(answer):
     return " ".join(answer.split()).replace("|", "\\|")
+
+
+def show(chat, settings, middle):
+    """Print twelve questions with their three answers."""
+    columns = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])]
+    asked = [*stored_questions(chat.store.rows), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
+    for number, (origin, question) in enumerate(asked, 1):
+        print(f"**{number}. {question}** ({origin})\n")
+        for name, alpha, rule in columns:
+            print(f"- {name}: {cell(ask(chat, question, settings, alpha, rule))}", flush=True)
+        print()
+
+
+def ask(chat, question, settings, alpha, rule):
+    """The page's answer."""
+    return list(chat.answer(question, [], alpha, rule=rule, **settings))[-1][0]
 
 
 def main():
@@ -75,27 +122,28 @@ def main():
     if manifest is None:
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = app.Chat.open(options, manifest)
-    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, blend of {options.rule}.\n")
-    settings = {**SETTINGS, "temperature": options.temperature}
-    middle = ("automatic alpha", 0, AUTO)
-    if options.rule != AUTO:
-        alpha = chat.chosen[f"alpha_{options.rule}"]
-        middle = (f"alpha {alpha:g}", alpha, options.rule)
-    columns = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])]
-    asked = [*stored_questions(chat.store), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
-    for number, (origin, question) in enumerate(asked, 1):
-        print(f"**{number}. {question}** ({origin})\n")
-        print("| " + " | ".join(name for name, *_ in columns) + " |\n|" + "---|" * len(columns))
-        answers = [list(chat.answer(question, [], alpha, rule=rule, **settings))[-1][0] for _, alpha, rule in columns]
-        print("| " + " | ".join(map(cell, answers)) + " |\n", flush=True)
-    name, alpha, rule = middle
-    settings |= {"rule": rule}
-    print(f"Asked by no row, {name}:\n")
-    for which, (topic, area, whole, asked) in unseen(chat, settings, alpha).items():
-        print(f"\n{which}: of {asked}, {topic} from the right topic, {area} from the right area, "
-              f"{whole} in the words of one stored answer.")
-    begun, whole, asked = recalled(chat, settings, alpha)
-    print(f"\nRecalled, {name}: {begun} of {asked} questions from the file by their first 24 words, {whole} to the last word.")
+    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}.\n")
+    settings, middle = {**SETTINGS, "temperature": options.temperature}, ("automatic alpha", 0, AUTO)
+    show(chat, settings, middle)
+
+    nearest, questions = Nearest(chat.store.rows), [row["Question"] for row in UNSEEN]
+    answers = [ask(chat, question, settings, 0, AUTO) for question in questions]
+    for question, answer in zip(questions, answers, strict=True):
+        print(f"- **{question}** {cell(answer)}")
+    told = [f"{nearest(question)[1]}\n\n{question}" for question in questions]
+    print(f"\n| {len(UNSEEN)} questions that no row asks | topic named | area named | nearest: topic | nearest: area | repeats |\n"
+          "|---|---:|---:|---:|---:|---:|")
+    for name, said in (("base alone", base_answers(chat, questions, options.temperature)),
+                       ("base, BM25's best answer in the prompt", base_answers(chat, told, options.temperature)),
+                       ("automatic alpha", answers)):
+        print(f"| {name} | " + " | ".join(map(str, counts(said, nearest))) + " |", flush=True)
+
+    rows = chat.store.rows[::len(chat.store.rows) // STORED][:STORED]
+    answers = [ask(chat, row["Question"], settings, 0, AUTO).split() for row in rows]
+    begun = sum(a[:24] == row["Answer"].split()[:24] for a, row in zip(answers, rows, strict=True))
+    whole = sum(a == row["Answer"].split() for a, row in zip(answers, rows, strict=True))
+    print(f"\n{len(rows)} stored questions, automatic alpha: {begun} answers begin with the 24 stored words, {whole} are the "
+          f"stored answer to its last word, {sum(repeats(' '.join(a)) for a in answers)} repeat themselves.")
 
 
 if __name__ == "__main__":

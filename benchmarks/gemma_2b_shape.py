@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
-from datastore import BaseLM, Datastore
+from base_model import BaseLM, converted, demo_model_file
+from datastore import Datastore
 from generation import MemoryAugmentedLM
 from memory_decoder import MemoryDecoder
 
@@ -31,7 +32,7 @@ SHAPE = {"vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384
 
 
 def make_model(folder):
-    """Save a random bfloat16 Gemma of the 2B shape with the demo's tokenizer, once."""
+    """Save a random bfloat16 Gemma of the 2B shape with the demo's tokenizer (`make demo` installs it), once."""
     if (folder / "config.json").exists():
         return
     torch.set_default_dtype(torch.bfloat16)
@@ -39,7 +40,7 @@ def make_model(folder):
     model = GemmaForCausalLM(GemmaConfig(**SHAPE))
     torch.set_default_dtype(torch.float32)
     print(f"parameters: {model.num_parameters():,}", flush=True)
-    AutoTokenizer.from_pretrained(ROOT / "demo/base_model").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(converted(demo_model_file())).save_pretrained(folder)
     model.save_pretrained(folder)
 
 
@@ -61,7 +62,8 @@ def original_token(base, decoder, store, ids):
     logits = base.model(window, use_cache=False).logits[0, -1].float()
     hidden = base.model(window, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
     store.search(hidden.float().numpy()[None], 8)
-    return (0.5 * logits + 0.5 * decoder(hidden.float()[None, None])[0, 0]).argmax()
+    memory = decoder.log_probabilities(decoder.features(hidden.float()[None, None])[0, 0], logits)
+    return (0.5 * logits + 0.5 * memory).argmax()
 
 
 def main():
