@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
+SCALES = np.linspace(0.05, 1.5, 30)  # of the memory's correction
 SAMPLES = 16  # texts that the base writes for the gate
 SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
@@ -44,6 +45,36 @@ def sample_windows(base, length, seed=0):
 
 
 @torch.no_grad()
+def calibrate(base, decoder, windows, batch_size=16):
+    """Set decoder.scale, and so the memory's own sureness, to what gives the windows' tokens the most probability.
+
+    A memory that has learned its text by heart is too sure on other text. One number mends that: temperature scaling
+    (Guo et al. 2017, arXiv 1706.04599), of the correction alone.
+    """
+    decoder, base_logits = decoder.to(base.device).eval(), base.logits_of(decoder.seen)
+    values, _, _, offsets = entries_of(windows)
+    places = torch.full((base.vocabulary,), -1, device=base.device)
+    places[decoder.seen] = torch.arange(len(decoder.seen), device=base.device)
+    rows, total = max(1, LOGITS_AT_ONCE // 8 // len(decoder.seen)), torch.zeros(len(SCALES))
+    for first, hidden in hidden_batches(base, windows, batch_size):
+        features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
+        y = places[torch.from_numpy(values[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)]
+        known = y >= 0  # the scale does not touch what the memory gives to an unseen token
+        features, hidden, y = features[known], hidden[known], y[known, None]
+        for block in (slice(i, i + rows) for i in range(0, len(y), rows)):
+            b, z = base_logits(hidden[block]), decoder.output_projection(features[block])
+            total += torch.stack([torch.log_softmax(b + s * z, -1).gather(1, y[block]).sum() for s in SCALES.tolist()]).cpu()
+    decoder.scale.fill_(float(SCALES[int(total.argmax())]))
+
+
+def features_of(decoder, hidden, counts):
+    """The decoder's features (n, C) of the entries' hidden states (n, H) of several windows; counts: entries of each."""
+    counts = counts.tolist()
+    features = decoder.features(pad_sequence(list(hidden.float().split(counts)), batch_first=True))
+    return torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
+
+
+@torch.no_grad()
 def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None):
     """Log probability of the next token at every position of the windows, under everything that is compared.
 
@@ -56,9 +87,7 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     parts = {name: [] for name in ("base", "memory", "opinions", *(("knn", "blend_logits") if store else ()))}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
-            counts = np.diff(offsets[first:first + batch_size + 1]).tolist()
-            features = decoder.features(pad_sequence(list(hidden.float().split(counts)), batch_first=True))
-            features = torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
+            features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
             targets = values[offsets[first]:offsets[first] + len(hidden)]
             if store:
                 parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))

@@ -52,7 +52,7 @@ class Template:
             if field:
                 parts.append((tail, field))
                 tail = ""
-        if pattern.strip() == CHAT or [words.strip() for words, _ in parts] == [CHAT, ""] and not tail.strip():
+        if pattern.strip() == CHAT or ([words.strip() for words, _ in parts] == [CHAT, ""] and not tail.strip()):
             return cls._chat([field for _, field in parts] or chat_fields(columns), base)
         if not parts:
             raise UserError(f"The template {pattern!r} names no field; write fields in braces, e.g. {{Question}}, "

@@ -180,19 +180,23 @@ class Batches:
         return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
 
 
-def make_decoder(options, base, entries):
+def make_decoder(options, base, keys, entries):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
     residual = options.head == "residual"
     seen, share = seen_tokens(entries) if residual else (np.arange(base.vocabulary), 0.0)
-    return MemoryDecoder(base.width, base.vocabulary, seen, share, options.decoder_dim, context=options.context,
-                         norm_first=options.norm == "pre", residual=residual, dropout=options.dropout)
+    decoder = MemoryDecoder(base.width, base.vocabulary, seen, share, options.decoder_dim, context=options.context,
+                            norm_first=options.norm == "pre", residual=residual, dropout=options.dropout)
+    if residual:
+        picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
+        decoder.start_from_keys(torch.from_numpy(keys[picks]))
+    return decoder
 
 
 def train_decoder(options, base, keys, entries, stages, accelerator):
     """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
     stage = stages.decoder
-    decoder = make_decoder(options, base, entries)
+    decoder = make_decoder(options, base, keys, entries)
     batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours), decoder.seen.numpy())
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
@@ -265,12 +269,16 @@ def make_report(options, base, store, held_windows, stages, factory):
         trained_with = temperature = training_temperature(options, stages.neighbours)
         if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
             temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
+        if decoder.residual:
+            evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
+        decoder.save(stages.report / "memory_decoder.pt")
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
         samples = evaluation.sample_windows(base, min(256, options.max_length), options.seed)
         samples = evaluation.score_positions(base, decoder, samples, options.batch_size)
         seconds = {stage.name: stage.facts["seconds"] for stage in list(stages)[:-1]}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, samples, temperature) | {
+            "scale": float(decoder.scale), "seen_tokens": len(decoder.seen), "unseen_share": decoder.unseen_share,
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
             "peak_memory_bytes": evaluation.peak_memory()}
@@ -283,7 +291,7 @@ def make_report(options, base, store, held_windows, stages, factory):
 
 def publish(options, base, template, metrics, stages, output):
     """Put the artefacts in place and the manifest last; stage folders of other settings are then removed."""
-    sources = {"memory_decoder.pt": stages.decoder, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
+    sources = {"memory_decoder.pt": stages.report, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
                "datastore_values.npy": stages.datastore, "examples.jsonl": stages.datastore,
                **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"), stages.report)}
     checksums = {}
