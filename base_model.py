@@ -238,16 +238,19 @@ def converted(path):
     print(f"unpacking {path.name} once, into {CACHE}", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16,
-                                             quantization_config=GgufConfig(dequantize=True)).save_pretrained(part)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} of its weights are missing")
+        model.save_pretrained(part)
         with_own_pre_tokenizer(tokenizer, path).save_pretrained(part)
+        if not folder.exists():  # another process may have finished first
+            part.rename(folder)
     except Exception as error:
-        shutil.rmtree(part)
         raise UserError(f"The GGUF file {path} cannot be read: {one_line(error)}") from None
-    try:
-        part.rename(folder)
-    except OSError:  # another process has finished first
-        shutil.rmtree(part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -12,9 +12,13 @@ import time
 import psutil
 import torch
 
+from base_model import fast_bfloat16
 from command import UserError
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
-from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE
+from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss
+
+SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
+SCORING_SECONDS = 25e-9  # of one token's logit under all that is compared
 
 
 class Stage:
@@ -138,18 +142,37 @@ def timed(work):
     return max(time.monotonic() - began, 1e-5)
 
 
+def step_seconds(options, base, windows, seen):
+    """Seconds of one training step on random states, of windows of mean length."""
+    B, T = options.batch_size, max(1, sum(len(w.ids) - 1 - w.skip for w in windows) // len(windows))
+    decoder = MemoryDecoder(base.width, base.vocabulary, range(seen), 0.01, options.decoder_dim, context=options.context)
+    model = TrainingLoss(decoder, options.kl_weight, base.logits_of(decoder.seen)).to(base.device)
+    hidden, real = torch.randn(B, T, base.width, device=base.device), torch.ones(B, T, dtype=torch.bool, device=base.device)
+    tokens = torch.randint(seen, (B * T, options.k), device=base.device)
+    weights = torch.full(tokens.shape, 1 / options.k, device=base.device)
+
+    def step():
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=fast_bfloat16(base.device.type)):
+            loss, _, _ = model(hidden, real, tokens, weights, tokens[:, 0])
+        loss.backward()
+        return float(loss.detach())
+
+    return timed(step)
+
+
 def estimate_seconds(options, base, windows, held_windows, entries, seen):
-    """Seconds for all stages, from a measured forward pass and counts of multiplications."""
+    """Seconds for all stages: measured passes of base and decoder, and counts of multiplications for the rest."""
     ids = torch.tensor([w.ids for w in windows[:1]])
     pace = timed(lambda: float(base.hidden(ids).sum())) / ids.numel()  # seconds a token of the base
-    one = timed(lambda: float(base.hidden(ids[:, :1].expand(16, 1)).sum()))  # a step of writing 16 texts at once
-    parameters = sum(p.numel() for p in base.decoder.parameters())
-    multiply = pace / (2 * parameters)  # seconds of one multiplication and addition
-    weights = decoder_weights(options, base, seen)
-    positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + 16 * min(256, options.max_length)
-    reading = pace * sum(len(w.ids) for part in (windows, held_windows) for w in part)
-    searched = entries if entries <= FLAT_LIMIT else entries / PROBED
-    searching = 2 * base.width * searched * (entries + positions) * multiply
-    learning = (6 * weights + 2 * seen * base.width) * entries * options.num_epochs * 2 * multiply
-    scoring = positions * (2 * base.width * base.vocabulary + 60 * base.vocabulary) * multiply
-    return reading + searching + learning + scoring + one * min(256, options.max_length)
+    flop = pace / (2 * sum(p.numel() for p in base.decoder.parameters()))
+    texts, length = 16, min(256, options.max_length)  # that the base writes for the gate
+    writing = length * timed(lambda: float(base.logits(base.hidden(ids[:, :1].expand(texts, 1))).sum()))
+    reading = pace * sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + pace * texts * length
+    positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + texts * length
+    scoring = positions * base.vocabulary * (2 * base.width * flop + SCORING_SECONDS)
+    if entries <= FLAT_LIMIT:
+        searching = 2 * base.width * entries * (entries + positions) * flop
+    else:
+        searching = 2 * base.width * entries / PROBED * (entries + positions) / (SCAN_PACE * torch.get_num_threads())
+    learning = options.num_epochs * -(-len(windows) // options.batch_size) * step_seconds(options, base, windows, seen)
+    return reading + searching + learning + scoring + writing

@@ -32,6 +32,9 @@ class Template:
         self.parts, self.tail = [(Literal(words), field) for words, field in parts], Literal(tail)
         self.fields = [field for _, field in parts]
         self.header = Literal(self.parts[-2:][0][0].lstrip())  # what every prompt begins with
+        # What a prompt ends with (the answer brings its own first space), and what stands between two turns.
+        self.reply = Literal(self.parts[-1][0].rstrip())
+        self.between = self.tail if self.tail[-1:].isspace() else Literal(self.tail + "\n")
 
     @classmethod
     def parse(cls, pattern, base=None, columns=()):
@@ -54,6 +57,9 @@ class Template:
                 tail = ""
         if pattern.strip() == CHAT or ([words.strip() for words, _ in parts] == [CHAT, ""] and not tail.strip()):
             return cls._chat([field for _, field in parts] or chat_fields(columns), base)
+        if parts and parts[0][0].strip() == CHAT:
+            raise UserError(f'The template {pattern!r} is neither a chat nor a text; write "{CHAT} {{question}} {{answer}}" '
+                            "with the names of your two fields.")
         if not parts:
             raise UserError(f"The template {pattern!r} names no field; write fields in braces, e.g. {{Question}}, "
                             f"or name the model's chat template: {CHAT}.")
@@ -62,9 +68,11 @@ class Template:
     @classmethod
     def _chat(cls, fields, base):
         """The base model's chat template around two fields, without a system line that the template adds by itself."""
-        ask, reply, tail = chat_words(base) if base else ("", "", "")
+        ask, middle, tail, reply, between = chat_words(base) if base else [""] * 5
         question, answer = fields
-        return cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (reply, answer)], tail, is_chat=True)
+        template = cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (middle, answer)], tail, is_chat=True)
+        template.reply, template.between = Literal(reply), Literal(between)  # to the letter
+        return template
 
     def render(self, row):
         """The whole text of one row (a dict that has every field), as strings and Literals."""
@@ -78,12 +86,9 @@ class Template:
         """
         if len(self.parts) == 1:
             return ["\n".join([*(text for turn in turns for text in turn), message])]
-        reply, between = self.parts[-1][0], self.tail
-        if not between or not between[-1].isspace():
-            between = Literal(between + "\n")
-        text = [piece for question, answer in turns for piece in (self.header, question, reply, answer, between)]
-        # A chat template's words are kept to the letter; elsewhere the answer brings its own first space.
-        return [*text, self.header, message, reply if self.is_chat else Literal(reply.rstrip())]
+        middle = self.parts[-1][0]
+        text = [piece for question, answer in turns for piece in (self.header, question, middle, answer, self.between)]
+        return [*text, self.header, message, self.reply]
 
     def ends(self, base):
         """The ids of the tokens that end an answer: the base's own, and a special token that stands behind the answer."""
@@ -122,11 +127,13 @@ def chat_words(base):
         begun = base.tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         tail, reply = once.rpartition(a)[2], begun.partition(q)[2]
         between = twice[twice.index(a) + 1:twice.rindex(q)]  # what ends one turn and begins the next
-        assert between.startswith(tail.rstrip()) and once.rindex(q) < once.rindex(a) and reply
+        middle = once[once.rindex(q) + 1:once.rindex(a)]
+        ask = between[len(tail.rstrip()):].lstrip()
+        assert between.startswith(tail.rstrip()) and middle and reply
     except Exception as error:  # a chat template is a program of its own and may fail in any way
         raise UserError(f"The model {base.name} has no chat template for questions and answers ({one_line(error)[:100]}); "
                         "write a --template with fields.") from None
-    return between[len(tail.rstrip()):].lstrip(), reply, tail
+    return ask, middle, tail, reply, between[:len(between) - len(ask)]
 
 
 @dataclass

@@ -1,30 +1,32 @@
+"""Keys, the index, neighbour search, kNN weights, seen tokens, and the stored rows."""
+
+import json
+
 import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS, make_tiny_gemma
+from conftest import ROWS
 
 import datastore
+from base_model import BaseLM
+from command import UserError
 from datastore import (
-    BaseLM,
     Datastore,
-    Template,
-    UserError,
     build_index,
     choose_index,
     default_temperature,
-    entries_of,
     find_neighbours,
     hidden_batches,
     knn_weights,
-    make_windows,
     open_keys,
-    windows_of,
+    seen_tokens,
+    write_atomically,
     write_keys,
 )
+from texts import Entries, Template, encode_row, entries_of, windows_of
 
-TEMPLATE = Template("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
-TEXTS = [TEMPLATE.render(row) for row in ROWS[:6]]
+TEMPLATE = Template.parse("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
 
 
 def keys_on_disk(base, windows, path, batch_size=4):
@@ -43,76 +45,8 @@ def random_store(count=500, width=16, examples=25, factory="Flat", seed=0):
     return Datastore(index, mean, values, example, np.arange(count), []), keys
 
 
-def test_a_template_fills_its_fields_and_strips_them():
-    assert TEMPLATE.render({"Title": " a ", "Question": "b\n", "Answer": "c"}) == "Title: a\nQuestion: b\nAnswer: c"
-    assert TEMPLATE.fields == ["Title", "Question", "Answer"]
-
-
-def test_a_prompt_is_the_beginning_of_a_text_without_the_fields_a_chat_does_not_have():
-    assert TEMPLATE.prompt("Why?") == "Question: Why?\nAnswer:"
-    assert TEMPLATE.prompt("And now?", [("Why?", "So.")]) == "Question: Why?\nAnswer: So.\nQuestion: And now?\nAnswer:"
-    whole = Template("Q: {q}\nA: {a}")
-    assert whole.render({"q": "Why?", "a": "So."}).startswith(whole.prompt("Why?"))
-
-
-def test_the_header_of_any_field_ends_an_answer():
-    assert TEMPLATE.stops == ["\nAnswer:", "\nQuestion:", "\nTitle:"]
-
-
-@pytest.mark.parametrize("pattern", ["no field at all", "a {broken", ""])
-def test_a_template_that_cannot_work_is_refused_in_words(pattern):
-    with pytest.raises(UserError, match="template"):
-        Template(pattern)
-
-
-@pytest.mark.parametrize("length", [5, 31, 32, 33, 80, 200])
-@pytest.mark.parametrize("skip", [1, 3])
-def test_windows_make_exactly_one_entry_of_every_position_with_its_own_next_token(length, skip):
-    ids = [2, *range(100, 100 + length - 1)]
-    windows = make_windows(0, ids, 32, skip)
-    values, _, position, read, offsets = entries_of(windows)
-    assert sorted(position) == list(range(skip, length - 1))
-    assert [ids[p + 1] for p in position] == values.tolist() and [ids[p] for p in position] == read.tolist()
-    assert all(len(w.ids) <= 32 and w.ids[0] == 2 for w in windows)
-    assert offsets[-1] == len(values)
-
-
-def test_windows_after_the_first_have_context():
-    _, second, *_ = make_windows(0, [2, *range(100, 200)], 32, 1)
-    assert second.skip == 9  # BOS and a quarter of a window
-
-
-def test_positions_whose_prefix_is_only_template_are_no_entries(base):
-    windows = windows_of(base, TEXTS, TEMPLATE, 512)
-    position = entries_of(windows).position
-    assert position.min() == len(base.encode("Title:"))
-
-
-def test_last_gives_one_entry_a_row(base):
-    windows = windows_of(base, TEXTS, TEMPLATE, 64, "last")
-    values, example, position, *_ = entries_of(windows)
-    assert sorted(example) == list(range(len(TEXTS)))
-    ids = [base.encode(text, end=True)[:64] for text in TEXTS]
-    assert [ids[e][-1] for e in example] == values.tolist() and set(position) == {62}
-
-
-def test_windows_come_longest_first(base):
-    lengths = [len(w.ids) for w in windows_of(base, TEXTS, TEMPLATE, 100)]
-    assert lengths == sorted(lengths, reverse=True)
-
-
-def test_names_of_special_tokens_in_a_text_are_plain_text(base):
-    assert base.encode("a <eos> b").count(base.eos) == 0
-    assert base.encode("a", end=True)[0] == base.bos and base.encode("a", end=True)[-1] == base.eos
-
-
-def test_hidden_states_give_the_models_own_logits(base):
-    ids = torch.tensor([base.encode(TEXTS[0])[:40]])
-    torch.testing.assert_close(base.logits(base.hidden(ids)), base.model(ids).logits)
-
-
 def test_keys_in_batches_equal_keys_one_by_one(base):
-    windows = windows_of(base, TEXTS, TEMPLATE, 64)
+    windows = windows_of(base, ROWS[:6], TEMPLATE, 64)
     batched = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 5)])
     single = torch.cat([base.hidden(torch.tensor([w.ids]))[0, w.skip:-1] for w in windows])
     torch.testing.assert_close(batched, single, atol=1e-4, rtol=1e-4)
@@ -120,14 +54,14 @@ def test_keys_in_batches_equal_keys_one_by_one(base):
 
 @pytest.mark.parametrize("bytes_left", [0, 70, 64 * 37, 64 * 150 + 3])
 def test_keys_of_a_run_that_was_killed_go_on_where_it_stopped(base, tmp_path, bytes_left):
-    windows = windows_of(base, TEXTS[:3], TEMPLATE, 64)
+    windows = windows_of(base, ROWS[:3], TEMPLATE, 64)
     whole = np.array(keys_on_disk(base, windows, tmp_path / "whole"))
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:bytes_left])
     np.testing.assert_array_equal(keys_on_disk(base, windows, tmp_path / "cut"), whole)
 
 
 def test_complete_keys_are_not_computed_again(base, tmp_path, monkeypatch):
-    windows = windows_of(base, TEXTS[:2], TEMPLATE, 64)
+    windows = windows_of(base, ROWS[:2], TEMPLATE, 64)
     whole = np.array(keys_on_disk(base, windows, tmp_path / "keys"))
     monkeypatch.setattr(BaseLM, "hidden", lambda *_: pytest.fail("the base model ran"))
     np.testing.assert_array_equal(keys_on_disk(base, windows, tmp_path / "keys"), whole)
@@ -135,7 +69,7 @@ def test_complete_keys_are_not_computed_again(base, tmp_path, monkeypatch):
 
 def test_bfloat16_models_give_finite_half_precision_keys(tiny_gemma, base, tmp_path):
     low = BaseLM.load(str(tiny_gemma), dtype="bfloat16", device="cpu")
-    windows = windows_of(low, TEXTS[:1], TEMPLATE, 64)
+    windows = windows_of(low, ROWS[:1], TEMPLATE, 64)
     near, exact = (torch.from_numpy(keys_on_disk(model, windows, tmp_path / name).astype(np.float32))
                    for name, model in (("low", low), ("exact", base)))
     assert torch.cosine_similarity(near, exact).mean() > 0.99
@@ -238,23 +172,68 @@ def test_the_default_temperature_is_half_the_median_distance():
     assert default_temperature(np.array([[1.0, 2.0, 9.0], [np.inf, 2.0, 2.0]])) == 1.0
 
 
-def test_models_are_told_apart_by_their_weights_and_not_by_their_dtype(tiny_gemma, base, tmp_path):
-    same = BaseLM.load(str(tiny_gemma), dtype="bfloat16", device="cpu")
-    other = BaseLM.load(str(make_tiny_gemma(tmp_path, seed=1)), device="cpu")
-    assert same.fingerprint == base.fingerprint != other.fingerprint
+def plain_seen(values, example):
+    """seen_tokens by counting: the tokens, and the share of positions whose token no other example has."""
+    alone = 0
+    for token, own in zip(values, example, strict=True):
+        alone += not any(other == token and e != own for other, e in zip(values, example, strict=True))
+    return sorted(set(values)), max(alone, 1) / (len(values) + 1)
 
 
-def test_entries_trace_back_to_their_text(trained, tiny_gemma, base):
+@pytest.mark.parametrize(("values", "example"), [
+    ([7, 7, 9, 3, 9, 7], [0, 0, 0, 1, 1, 2]), ([5, 5, 5], [4, 4, 4]), ([1, 2, 1, 2], [0, 0, 1, 1]), ([3], [0])])
+def test_the_share_of_unseen_tokens_is_that_of_tokens_that_one_example_alone_has(values, example):
+    entries = Entries(np.array(values, np.int32), np.array(example, np.int32), None, None)
+    tokens, share = seen_tokens(entries)
+    assert (tokens.tolist(), share) == plain_seen(values, example) and 0 < share < 1
+
+
+def test_the_seen_tokens_are_those_that_some_row_of_text_holds(base):
+    entries = entries_of(windows_of(base, ROWS[:5], TEMPLATE, 64))
+    tokens, share = seen_tokens(entries)
+    assert (tokens.tolist(), share) == plain_seen(entries.values.tolist(), entries.example.tolist())
+    assert set(tokens) == {token for row in ROWS[:5] for token in encode_row(base, TEMPLATE, row)[len(base.encode("Title:")) + 1:]}
+
+
+def test_a_stored_row_may_hold_any_line_separator(tmp_path):
+    keys, rows = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16), [{"a": "x\u2028y\u0085z"}, {"a": "b\nc"}]
+    index, mean = build_index(keys, "Flat")
+    faiss.write_index(index, str(tmp_path / "faiss_index.bin"))
+    np.savez(tmp_path / "datastore_entries.npz", example=[0, 1, 1], position=[1, 1, 2], mean=mean)
+    np.save(tmp_path / "datastore_values.npy", [4, 5, 6])
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "examples.jsonl").write_text(lines, encoding="utf-8")
+    store = Datastore.open(tmp_path)
+    assert store.rows == rows and len(store) == 3 and store.search(keys[2:], 1)[1] == [[2]]
+
+
+def test_entries_trace_back_to_their_text(trained, base):
     store = Datastore.open(trained)
     for entry in range(0, len(store), 97):
-        ids = base.encode(store.texts[store.example[entry]], end=True)
+        ids = encode_row(base, TEMPLATE, store.rows[store.example[entry]])
         assert ids[store.position[entry] + 1] == store.values[entry]
 
 
 def test_a_stored_key_finds_its_own_entry(trained, base):
     store = Datastore.open(trained)
-    ids = base.encode(store.texts[0], end=True)
-    hidden = base.hidden(torch.tensor([ids[:60]]))[0]
+    hidden = base.hidden(torch.tensor([encode_row(base, TEMPLATE, store.rows[0])[:60]]))[0]
     D, I = store.search(hidden[50:51].numpy(), 1)
     assert D[0, 0] < 1e-2
     assert (store.example[I[0, 0]], store.position[I[0, 0]]) == (0, 50)
+
+
+def test_keys_that_are_not_finite_are_refused_in_words(base, tmp_path, monkeypatch):
+    windows = windows_of(base, ROWS[:1], TEMPLATE, 64)
+    real = BaseLM.hidden
+    monkeypatch.setattr(BaseLM, "hidden", lambda self, ids: 1e5 * real(self, ids))
+    with pytest.raises(UserError, match="not finite or above 65504"):
+        keys_on_disk(base, windows, tmp_path / "keys")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "done.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(datastore.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

@@ -7,40 +7,44 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS
+from conftest import ROWS, make_decoder
 
 import evaluation
-from datastore import Datastore, Template, build_index, entries_of, hidden_batches, windows_of
-from evaluation import ALPHAS, TEMPERATURES, mix_probabilities, score_positions, summarise, write_report
-from memory_decoder import MemoryDecoder
+from datastore import Datastore, build_index, hidden_batches, seen_tokens
+from evaluation import ALPHAS, TEMPERATURES, mix_probabilities, score_positions, summarise, sweep_logits, write_report
+from generation import blend
+from texts import Template, entries_of, windows_of
 
-TEMPLATE = Template("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
+TEMPLATE = Template.parse("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
 K, TEMPERATURE, LENGTH = 5, 6.0, 64
 
 
 @pytest.fixture(scope="module")
 def keys_and_store(base):
     """Keys (N, H) and the exact datastore of four rows."""
-    texts = [TEMPLATE.render(row) for row in ROWS[1:40:10]]
-    windows = windows_of(base, texts, TEMPLATE, LENGTH)
-    values, example, position, *_ = entries_of(windows)
+    windows = windows_of(base, ROWS[1:40:10], TEMPLATE, LENGTH)
+    values, example, position, _ = entries_of(windows)
     keys = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 1)]).to(torch.float16).numpy()
     index, mean = build_index(keys, "Flat")
-    return keys, Datastore(index, mean, values, example, position, texts)
+    return keys, Datastore(index, mean, values, example, position, ROWS[1:40:10])
 
 
 @pytest.fixture(scope="module")
 def held_windows(base):
     """Windows of two rows that the datastore does not hold; each row takes several, of unlike lengths."""
-    windows = windows_of(base, [TEMPLATE.render(row) for row in ROWS[5:200:150]], TEMPLATE, LENGTH)
+    windows = windows_of(base, ROWS[5:200:150], TEMPLATE, LENGTH)
     assert {w.example for w in windows} == {0, 1} and len({len(w.ids) for w in windows}) > 1
     return windows
 
 
-@pytest.fixture(scope="module")
-def decoder(base):
-    torch.manual_seed(1)
-    return MemoryDecoder(base.width, base.vocabulary, 32, num_layers=2, num_heads=4, context=16).eval()
+@pytest.fixture(scope="module", params=["residual", "own logits", "all seen"])
+def decoder(request, base, keys_and_store):
+    """A decoder that has seen what the datastore holds, or every token."""
+    store = keys_and_store[1]
+    seen, share = seen_tokens(entries_of(windows_of(base, store.rows, TEMPLATE, LENGTH)))
+    if request.param == "all seen":
+        seen, share = range(base.vocabulary), 0.0
+    return make_decoder(seed=1, context=16, seen=seen, unseen_share=share, residual=request.param != "own logits")
 
 
 def brute_knn(keys, values, query, token):
@@ -54,6 +58,18 @@ def brute_knn(keys, values, query, token):
     return chances
 
 
+def slow_memory(decoder, z, own):
+    """The memory's log probabilities (V,) at one position, token by token, from the base's logits and its own (V',)."""
+    own = dict(zip(decoder.seen.tolist(), own.tolist(), strict=True))
+    votes = {token: math.exp(value + (z[token].item() if decoder.residual else 0)) for token, value in own.items()}
+    rest = {token: math.exp(value) for token, value in enumerate(z.tolist()) if token not in votes}
+    seen_share = 1 - decoder.unseen_share
+    total_votes, total_rest = sum(votes.values()), sum(rest.values())
+    chances = [seen_share * votes[token] / total_votes if token in votes else decoder.unseen_share * rest[token] / total_rest
+               for token in range(len(z))]
+    return torch.tensor(chances, dtype=torch.float64).log()
+
+
 @torch.no_grad()
 def slow_scores(base, decoder, keys, store, windows):
     """What score_positions returns, one window and one position at a time, as probabilities."""
@@ -62,9 +78,11 @@ def slow_scores(base, decoder, keys, store, windows):
         ids = torch.tensor([window.ids])
         logits = base.model(ids).logits[0].double()
         hidden = base.decoder(ids).last_hidden_state[0]
-        memory = decoder(hidden[None, window.skip:-1].float())[0].double()
+        read = hidden[None, window.skip:-1].float()
+        own = decoder.output_projection(decoder.features(read))[0].double()
         for t in range(window.skip, len(window.ids) - 1):
-            token, z, m = window.ids[t + 1], logits[t], memory[t - window.skip]
+            token, z = window.ids[t + 1], logits[t]
+            m = slow_memory(decoder, z, own[t - window.skip])
             rows["base"].append(torch.softmax(z, 0)[token].item())
             rows["memory"].append(torch.softmax(m, 0)[token].item())
             rows["blend_logits"].append([torch.softmax((1 - a) * z + a * m, 0)[token].item() for a in ALPHAS.tolist()])
@@ -93,6 +111,21 @@ def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_stor
     for name in ("base", "memory", "blend_logits", "knn"):
         np.testing.assert_allclose(np.exp(scores[name]), slow[name], atol=2e-4, rtol=2e-3, err_msg=name)
     np.testing.assert_allclose(scores["opinions"], slow["opinions"], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("count", [1, 200, 512])
+def test_the_sweep_equals_blending_every_token_for_seen_and_unseen_targets(count):
+    torch.manual_seed(count)
+    seen, share = torch.randperm(512)[:count].sort()[0], 0.02 if count < 512 else 0.0
+    decoder = make_decoder(seen=seen, unseen_share=share)
+    base_logits, targets = 3 * torch.randn(40, 512), torch.randint(512, (40, 1))
+    targets[:10, 0] = seen[torch.randint(count, (10,))]
+    memory = decoder.log_probabilities(decoder.features(torch.randn(1, 40, 32))[0], base_logits).detach()
+    assert count == 512 or not torch.isin(targets, seen).all()
+    fast = sweep_logits(base_logits, memory, targets, seen, share)
+    for column, alpha in enumerate(ALPHAS.tolist()):
+        slow = torch.log_softmax(blend(base_logits, memory, alpha), -1).gather(1, targets)[:, 0]
+        torch.testing.assert_close(fast[:, column], slow, atol=1e-4, rtol=1e-4)
 
 
 def test_scores_without_a_datastore_are_the_same_but_for_knn_and_blends(base, decoder, held_windows, keys_and_store):

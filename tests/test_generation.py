@@ -1,22 +1,36 @@
 """Blend, gate, sampling and the stream of tokens."""
 
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_decoder, with_any_topic
+from conftest import SPECIAL, make_decoder
 
 import generation
-from datastore import UserError, shared_prefix
+from base_model import Literal
+from command import UserError
 from generation import Gate, MemoryAugmentedLM, VisibleText, blend, opinions, sample
-from memory_decoder import MemoryDecoder
+from texts import Template, shared_prefix
+
+QA = Template.parse("Question: {q}\nAnswer: {a}")
+PROMPT = QA.prompt("May I keep a goat?")
+END = SPECIAL.index("<end>")
+
+
+@pytest.fixture(scope="module", params=[{}, {"residual": False}, {"seen": range(512), "unseen_share": 0.0}],
+                ids=["residual", "own logits", "all seen"])
+def any_decoder(request):
+    return make_decoder(context=6, **request.param)
 
 
 @pytest.fixture(scope="module")
 def model(base):
-    decoder = make_decoder(context=6)
-    torch.nn.init.normal_(decoder.output_projection.weight)
-    return MemoryAugmentedLM(base, decoder)
+    return MemoryAugmentedLM(base, make_decoder(context=6))
+
+
+def memory_of(base, decoder, hidden, skip=0):
+    """The memory's log probabilities (T, V) for hidden states (1, T, H), its first `skip` left out."""
+    hidden = hidden[:, skip:]
+    return decoder.log_probabilities(decoder.features(hidden.float()), base.logits(hidden))[0].detach()
 
 
 def test_the_blend_follows_both_formulas():
@@ -24,6 +38,13 @@ def test_the_blend_follows_both_formulas():
     torch.testing.assert_close(blend(base_logits, memory, 0.3), 0.7 * base_logits + 0.3 * memory)
     p = 0.7 * torch.softmax(base_logits, -1) + 0.3 * torch.softmax(memory, -1)
     torch.testing.assert_close(blend(base_logits, memory, 0.3, "probabilities").exp(), p)
+
+
+def test_at_alpha_zero_the_blend_is_the_bases_own_logits_and_at_one_the_memory(model):
+    hidden = model.base.hidden(torch.tensor([model.base.encode(PROMPT)]))[0]
+    base_logits = model.base.logits(hidden)
+    memory = memory_of(model.base, model.decoder, hidden[None])
+    assert torch.equal(blend(base_logits, memory, 0), base_logits) and torch.equal(blend(base_logits, memory, 1), memory)
 
 
 @pytest.mark.parametrize("rule", generation.RULES)
@@ -48,68 +69,61 @@ def test_samples_stay_in_the_top_k_and_follow_their_probabilities():
 
 def greedy_twin(model, prompt, alpha, rule, count):
     """Greedy decoding with no cache at all: both models read the whole text for every token."""
-    ids, out = model.base.encode(prompt), []
+    base, ids, out = model.base, model.base.encode(prompt), []
     for _ in range(count):
-        hidden = model.base.hidden(torch.tensor([ids]))
-        z = blend(model.base.logits(hidden[0, -1]), model.decoder(hidden[:, 1:])[0, -1], alpha, rule)
-        ids.append(int(z.argmax()))
+        hidden = base.hidden(torch.tensor([ids]))
+        memory = memory_of(base, model.decoder, hidden, shared_prefix(ids, model.header))[-1]
+        ids.append(int(blend(base.logits(hidden[0, -1]), memory, alpha, rule).argmax()))
         out.append(ids[-1])
-        if ids[-1] == model.base.eos:
+        if ids[-1] in model.ends:
             break
     return out
 
 
 @pytest.mark.parametrize("rule", generation.RULES)
 @pytest.mark.parametrize("alpha", [0, 0.6, 1])
-def test_streaming_gives_the_tokens_that_uncached_decoding_gives(model, alpha, rule):
-    prompt = "Question: May I keep a goat?\nAnswer:"
-    steps = list(model.stream(prompt, alpha, temperature=0, max_new_tokens=25, rule=rule))
-    assert [step.token for step in steps] == greedy_twin(model, prompt, alpha, rule, 25)
+def test_streaming_gives_the_tokens_that_uncached_decoding_gives(base, any_decoder, alpha, rule):
+    model = MemoryAugmentedLM(base, any_decoder)
+    steps = list(model.stream(PROMPT, alpha, temperature=0, max_new_tokens=25, rule=rule))
+    assert [step.token for step in steps] == greedy_twin(model, PROMPT, alpha, rule, 25)
 
 
-def test_the_topics_of_a_text_are_those_that_the_memory_reads(base):
-    decoder = with_any_topic(make_decoder(context=1, topic=8))
-    torch.nn.init.normal_(decoder.output_projection.weight)
-    decoder.topic.entry.copy_(torch.arange(8) * 10)
-    model, prompt = MemoryAugmentedLM(base, decoder, "Question:"), "Question: May I keep a goat?\nAnswer:"
-    ids, logits, steps = base.encode(prompt), [], model.steps(base.encode(prompt))
-    step = next(steps)
-    for token in (5, 17, 33, 4):
-        logits.append(step)
-        ids.append(token)
-        step = steps.send(token)
-    led = model.topics(ids[:-1])[-4:]
-    assert len(set(model.topics(ids))) > 1
-    for (hidden, _, memory), entry in zip(logits, led, strict=True):
-        decoder.topic.nearest = lambda tokens, cache, number=entry // 10: torch.full_like(tokens, number)
-        torch.testing.assert_close(decoder(hidden[None, None], torch.zeros(1, 1, dtype=torch.long))[0, 0], memory)
+def test_a_conversation_in_the_models_own_chat_form_streams_what_uncached_decoding_gives(base):
+    template = Template.parse("chat {q} {a}", base)
+    model, prompt = MemoryAugmentedLM(base, make_decoder(), template), template.prompt("And <end> now?", [("Why?", "So.")])
+    steps = list(model.stream(prompt, 0.5, temperature=0, max_new_tokens=15))
+    assert [step.token for step in steps] == greedy_twin(model, prompt, 0.5, "logits", 15)
 
 
-def test_a_memory_without_topics_names_none(model):
-    assert model.topics(model.base.encode("Question: Why?")) is None
+def test_at_alpha_zero_the_model_says_what_the_base_alone_says(base, model):
+    ids = torch.tensor([base.encode(PROMPT)])
+    own = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+                              eos_token_id=sorted(base.ends))[0, ids.shape[1]:].tolist()
+    assert [step.token for step in model.stream(PROMPT, 0, temperature=0, max_new_tokens=20)] == own
 
 
-def test_steps_carry_the_probabilities_under_base_memory_and_blend(model):
-    prompt = "Question: Why?\nAnswer:"
-    step = next(model.stream(prompt, 0.4, temperature=0))
-    hidden = model.base.hidden(torch.tensor([model.base.encode(prompt)]))
-    base_logits, memory = model.base.logits(hidden[0, -1]), model.decoder(hidden[:, 1:])[0, -1]
+def test_steps_carry_the_probabilities_under_base_memory_and_blend(base, any_decoder):
+    step = next(MemoryAugmentedLM(base, any_decoder).stream(PROMPT, 0.4, temperature=0))
+    hidden = base.hidden(torch.tensor([base.encode(PROMPT)]))
+    base_logits, memory = base.logits(hidden[0, -1]), memory_of(base, any_decoder, hidden, 1)[-1]
     for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
-        assert value == pytest.approx(torch.softmax(logits.detach(), -1)[step.token].item(), rel=1e-3)
+        assert value == pytest.approx(torch.softmax(logits, -1)[step.token].item(), rel=1e-3)
+    torch.testing.assert_close(step.hidden, hidden[0, -1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("header", ["", "Question:"])
-def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, header):
-    torch.manual_seed(4)
-    decoder = MemoryDecoder(base.width, base.vocabulary, 32, num_layers=1, num_heads=4).eval()
+@pytest.mark.parametrize("rows", [512, 3])
+@pytest.mark.parametrize("template", [None, QA])
+def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, template, rows, monkeypatch):
+    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", rows * base.vocabulary)  # what a prompt's positions are weighed in
+    decoder = make_decoder(seed=4)
     gate = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
-    steps = list(MemoryAugmentedLM(base, decoder, header, gate).stream("Question: Why not?", rule="auto", temperature=0,
-                                                                       max_new_tokens=8))
-    ids = base.encode("Question: Why not?")
-    skip = shared_prefix(ids, base.encode(header))
+    model, prompt = MemoryAugmentedLM(base, decoder, template, gate), QA.prompt("Why not?")
+    steps = list(model.stream(prompt, rule="auto", temperature=0, max_new_tokens=8))
+    ids = base.encode(prompt)
+    skip = shared_prefix(ids, base.encode("Question:" if template else ""))
     for step in steps:
         hidden = base.hidden(torch.tensor([ids]))
-        memory = decoder(hidden[:, skip:].float())[0].log_softmax(-1)
+        memory = memory_of(base, decoder, hidden, skip)
         own = base.logits(hidden[0, skip:]).log_softmax(-1)
         evidence = np.zeros(3)
         for place, token in enumerate(ids[skip + 1:]):
@@ -136,13 +150,17 @@ def test_opinions_are_entropies_top_probabilities_and_the_divergence():
     np.testing.assert_allclose(given.numpy(), expected, atol=1e-5)
 
 
-def test_the_memory_skips_the_states_of_the_header(base):
-    decoder = make_decoder(context=50)
-    prompt = "Question: Why?\nAnswer:"
-    step = next(MemoryAugmentedLM(base, decoder, header="Question:").stream(prompt, 1, temperature=0))
-    skip = len(base.encode("Question:"))
+@pytest.mark.parametrize("pattern", ["Question: {q}\nAnswer: {a}", "Title: {t}\nQuestion: {q}\nAnswer: {a}", "chat {q} {a}"])
+def test_the_memory_skips_the_states_of_the_header(base, pattern):
+    template, decoder = Template.parse(pattern, base), make_decoder(context=50)
+    model, prompt = MemoryAugmentedLM(base, decoder, template), template.prompt("Why?")
+    step = next(model.stream(prompt, 1, temperature=0))
+    skip = len(base.encode([Literal("<turn>user\n" if template.is_chat else "Question:")]))
     hidden = base.hidden(torch.tensor([base.encode(prompt)]))
-    assert step.token == int(decoder(hidden[:, skip:])[0, -1].argmax())
+    memory, all_states = (memory_of(base, decoder, hidden, n)[-1] for n in (skip, 0))
+    assert step.memory == pytest.approx(memory.exp()[step.token].item(), rel=1e-3)
+    assert step.memory != pytest.approx(all_states.exp()[step.token].item(), rel=1e-2)
+    assert model.skipped(base.encode(prompt)) == skip and model.skipped(base.encode(prompt)[:skip]) == skip - 1
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(model):
@@ -165,22 +183,43 @@ def test_streamed_text_never_shows_a_broken_character(model, monkeypatch):
     assert "".join(shown) == text and not any("\ufffd" in piece for piece in shown)
 
 
-def test_generation_ends_at_eos_and_does_not_show_it(model, monkeypatch):
-    force_tokens(monkeypatch, [*model.base.encode("Yes.")[1:], model.base.eos, 77])
+@pytest.mark.parametrize("end", ["<eos>", "<end>"])
+def test_generation_ends_at_any_end_token_and_does_not_show_it(model, monkeypatch, end):
+    token = SPECIAL.index(end)
+    force_tokens(monkeypatch, [*model.base.encode("Yes.")[1:], token, 77])
     steps = list(model.stream("x"))
-    assert steps[-1].token == model.base.eos and "".join(s.text for s in steps) == "Yes."
+    assert steps[-1].token == token and "".join(s.text for s in steps) == "Yes."
 
 
-def test_generation_ends_where_the_next_turn_begins(model, monkeypatch):
-    force_tokens(monkeypatch, model.base.encode("Yes, it is.\nQuest for more.\nQuestion: And now?")[1:])
-    steps = list(model.stream("x", stops=["\nQuestion:"]))
+@pytest.mark.parametrize("pattern", ["chat {q} {a}", "<turn>{q}\n<turn>{a}<unk>\n"])
+def test_the_mark_behind_the_last_field_ends_an_answer_and_is_not_shown(base, monkeypatch, pattern):
+    mark = END if pattern.startswith("chat") else SPECIAL.index("<unk>")
+    force_tokens(monkeypatch, [*base.encode("It is.")[1:], mark, 77])
+    steps = list(MemoryAugmentedLM(base, make_decoder(), Template.parse(pattern, base)).stream("x"))
+    assert steps[-1].token == mark and "".join(s.text for s in steps) == "It is."
+
+
+def test_letters_that_spell_an_end_token_do_not_end_an_answer(base, monkeypatch):
+    ids = base.encode("Write <end> or <eos>.")[1:]
+    force_tokens(monkeypatch, ids)
+    model = MemoryAugmentedLM(base, make_decoder(), Template.parse("chat {q} {a}", base))
+    assert "".join(s.text for s in model.stream("x", max_new_tokens=len(ids))) == "Write <end> or <eos>."
+
+
+@pytest.mark.parametrize(("pattern", "said"), [
+    ("Question: {q}\nAnswer: {a}", "Yes, it is.\nQuest for more.\nQuestion: And now?"),
+    ("Title: {t}\nQuestion: {q}\nAnswer: {a}", "Yes, it is.\nQuest for more.\nTitle: Goats"),
+    ("{q}\n{a} ### \n", "Yes, it is.\nQuest for more. ### and so on")])
+def test_generation_ends_where_the_template_goes_on(base, monkeypatch, pattern, said):
+    force_tokens(monkeypatch, base.encode(said)[1:])
+    steps = list(MemoryAugmentedLM(base, make_decoder(), Template.parse(pattern)).stream("x"))
     assert "".join(s.text for s in steps) == "Yes, it is.\nQuest for more."
 
 
-def test_what_was_held_back_is_shown_when_the_answer_ends(model, monkeypatch):
-    ids = model.base.encode("Yes.\nQuest")[1:]
+def test_what_was_held_back_is_shown_when_the_answer_ends(base, monkeypatch):
+    ids = base.encode("Yes.\nQuest")[1:]
     force_tokens(monkeypatch, ids)
-    steps = list(model.stream("x", stops=["\nQuestion:"], max_new_tokens=len(ids)))
+    steps = list(MemoryAugmentedLM(base, make_decoder(), QA).stream("x", max_new_tokens=len(ids)))
     assert "".join(s.text for s in steps) == "Yes.\nQuest"
 
 
@@ -204,3 +243,5 @@ def test_a_prompt_that_does_not_fit_is_refused_in_words(model):
 def test_a_decoder_of_another_model_is_refused_in_words(base):
     with pytest.raises(UserError, match="hidden size 16"):
         MemoryAugmentedLM(base, make_decoder(hidden=16))
+    with pytest.raises(UserError, match="500 tokens"):
+        MemoryAugmentedLM(base, make_decoder(vocab=500))

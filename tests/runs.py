@@ -1,0 +1,106 @@
+"""Runs of both scripts, and what they leave on disk, for the test files that share them."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL
+
+import train_memory_decoder as script
+
+
+def command_line(base_model, dataset, folder, *more):
+    """The arguments of a small training into a folder; what is added wins."""
+    return [str(part) for part in ("--base_model", base_model, "--dataset", dataset, "--output_dir", folder, *SMALL, *more)]
+
+
+def train_six(base_model, dataset, folder, *more):
+    """Train in this process on six rows unless told otherwise; returns the folder."""
+    script.run(script.parse_options(command_line(base_model, dataset, folder, "--max_examples", 6, *more)))
+    return Path(folder)
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def contents(folder):
+    """Checksums of all files below a folder."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def stored_rows(folder):
+    return [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def entry_places(folder):
+    """(row, position) of every entry."""
+    with np.load(folder / "datastore_entries.npz") as entries:
+        return list(zip(entries["example"].tolist(), entries["position"].tolist(), strict=True))
+
+
+def losses(folder):
+    """Rows of (step, loss, kl, ce) that the decoder's stage has noted."""
+    return json.loads(next(folder.glob("stages/decoder-*/done.json")).read_text())["losses"]
+
+
+def stop_at_call(monkeypatch, owner, name, number):
+    """Make the numbered call of owner.name raise KeyboardInterrupt, as Ctrl-C would."""
+    real, calls = getattr(owner, name), []
+
+    def wrapped(*arguments, **more):
+        calls.append(name)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def the_error(code, err):
+    """The one sentence on stderr, after checking that it is the only one and that the exit code is 2."""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
+    return errors[0].removeprefix("error: ")
+
+
+def failure_of(main, name, arguments, monkeypatch, capsys):
+    """The error sentence of a script's main() in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return the_error(stopped.value.code, capsys.readouterr().err)
+
+
+@contextmanager
+def running_app(folder, log):
+    """The address of `app.py --model_dir folder`, started as a user would and killed at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--model_dir", str(folder), "--server_port", str(port), "--device", "cpu"]
+    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_for(process, f"http://127.0.0.1:{port}/", log)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.kill()
+
+
+def wait_for(process, address, log):
+    give_up = time.monotonic() + 240
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < give_up, f"app.py does not answer: {log.read_text()}"
+        try:
+            return httpx.get(address, timeout=5).raise_for_status()
+        except httpx.HTTPError:
+            time.sleep(0.2)

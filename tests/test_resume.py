@@ -1,0 +1,196 @@
+"""Runs of script 1 that were stopped: they go on, and end as a run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from runs import command_line, entry_places, losses, stop_at_call, stored_rows, train_six
+
+import datastore
+import train_memory_decoder as script
+from datastore import Datastore
+from memory_decoder import MemoryDecoder, read_manifest
+from texts import Template, windows_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_searches():
+    """Make a search of a few thousand entries take several calls, so that it can be interrupted between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datastore, "SEARCH_CHUNK", 500)
+        yield
+
+
+@pytest.fixture
+def train(tiny_gemma, rows_file):
+    """Trains in this process into a folder, on six rows."""
+    return lambda folder, *more: train_six(tiny_gemma, rows_file, folder, *more)
+
+
+@pytest.fixture(scope="module")
+def six_rows(tiny_gemma, rows_file, several_searches, tmp_path_factory):
+    """A folder that an uninterrupted training on six rows has filled."""
+    return train_six(tiny_gemma, rows_file, tmp_path_factory.mktemp("six") / "out")
+
+
+def assert_same_training(a, b):
+    """Both folders hold the same entries, index, decoder weights and measured perplexities."""
+    for name in ("datastore_values.npy", "faiss_index.bin", "examples.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert entry_places(a) == entry_places(b)
+    first, second = (MemoryDecoder.load(folder / "memory_decoder.pt") for folder in (a, b))
+    assert first.sizes == second.sizes
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), second.parameters(), strict=True))
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (a, b))
+    assert all(one[name] == other[name] for name in ("held_out", "chosen", "alpha_sweep", "entries", "k"))
+
+
+def interrupt(monkeypatch, train, folder, *stop):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_call(patch, *stop)
+        train(folder)
+
+
+def count_calls(monkeypatch, owner, name):
+    """A list that grows with every call of owner.name."""
+    real, calls = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *a, **more: (calls.append(name), real(*a, **more))[1])
+    return calls
+
+
+def test_keys_go_on_where_they_were_stopped(six_rows, train, tmp_path, base, monkeypatch):
+    folder, real, read = tmp_path / "out", datastore.hidden_batches, []
+
+    def recorded(base, windows, batch_size):
+        read.append(len(windows))
+        for number, batch in enumerate(real(base, windows, batch_size)):
+            if number == 3 and len(read) == 1:
+                raise KeyboardInterrupt
+            yield batch
+    monkeypatch.setattr(datastore, "hidden_batches", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder)
+    train(folder)
+    windows = len(windows_of(base, stored_rows(folder), Template.parse(script.Options.template), 96))
+    assert read == [windows, windows - 3 * 8]
+    assert_same_training(six_rows, folder)
+
+
+@pytest.mark.parametrize("lost", [1, 64 * 100 + 7])
+def test_keys_whose_last_bytes_were_lost_are_computed_again(lost, six_rows, train, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    interrupt(monkeypatch, train, folder, script, "build_neighbours", 1)
+    stage = next(folder.glob("stages/datastore-*"))
+    (stage / "done.json").unlink()
+    os.truncate(stage / "keys.f16", (stage / "keys.f16").stat().st_size - lost)
+    train(folder)
+    assert_same_training(six_rows, folder)
+
+
+def test_a_search_goes_on_where_it_was_stopped(six_rows, train, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    interrupt(monkeypatch, train, folder, Datastore, "search_others", 3)
+    done = int(next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text())
+    searches = count_calls(monkeypatch, Datastore, "search_others")
+    train(folder)
+    entries = len(np.load(folder / "datastore_values.npy"))
+    assert done == 1000 and len(searches) == -(-(entries - 1000) // 500)
+    assert_same_training(six_rows, folder)
+
+
+def test_a_search_killed_while_it_notes_its_progress_can_go_on(six_rows, train, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    interrupt(monkeypatch, train, folder, datastore, "write_atomically", 3)
+    assert next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text() == "1000"
+    train(folder)
+    assert_same_training(six_rows, folder)
+
+
+def test_the_decoder_goes_on_from_its_last_epoch(six_rows, train, tmp_path, monkeypatch):
+    folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
+    assert steps % 2 == 0 and steps > 6  # two epochs
+    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", steps // 2 + 3)
+    assert next(folder.glob("stages/decoder-*/checkpoint.pt")).exists()
+    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    train(folder)
+    assert len(again) == steps // 2
+    assert_same_training(six_rows, folder)
+    assert not list(folder.glob("stages/decoder-*/checkpoint*"))
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing(six_rows, train, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)  # after every step
+    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", 4)
+    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    train(folder)
+    assert len(again) == losses(six_rows)[-1][0] - 3
+    assert_same_training(six_rows, folder)
+
+
+def test_a_checkpoint_of_a_run_with_another_number_of_steps_is_not_used(six_rows, train, tmp_path, monkeypatch):
+    folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
+    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", steps // 2 + 1)
+    path = next(folder.glob("stages/decoder-*/checkpoint.pt"))
+    torch.save({**torch.load(path, weights_only=True), "total": 2 * steps}, path)  # as two processes fewer would leave it
+    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    train(folder)
+    assert len(again) == steps
+    assert_same_training(six_rows, folder)
+
+
+def test_a_run_stopped_between_two_artefacts_does_not_look_whole(six_rows, train, tmp_path, monkeypatch):
+    folder = shutil.copytree(six_rows, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = os.replace
+        patch.setattr(os, "replace", lambda a, b: interrupted() if Path(b) == folder / "datastore_values.npy" else real(a, b))
+        train(folder, "--decoder_lr", 1e-2)
+    assert read_manifest(folder) is None
+    train(folder, "--decoder_lr", 1e-2)
+    assert read_manifest(folder)["options"]["decoder_lr"] == 1e-2
+    assert not list(folder.rglob("*.part"))
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+KILLED = """
+import os, signal, datastore, train_memory_decoder
+real = datastore.hidden_batches
+def batches(*arguments):
+    for number, batch in enumerate(real(*arguments)):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+datastore.hidden_batches = batches
+train_memory_decoder.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_ends_as_an_uninterrupted_one_once_started_again(six_rows, tiny_gemma, rows_file, train, tmp_path):
+    folder = tmp_path / "out"
+    arguments = command_line(tiny_gemma, rows_file, folder, "--max_examples", 6)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(folder.glob("stages/datastore-*/keys.f16")) and not list(folder.rglob("done.json"))
+    assert_same_training(six_rows, train(folder))
+
+
+def test_control_c_says_that_the_same_command_goes_on(tiny_gemma, rows_file, tmp_path, monkeypatch, capsys):
+    stop_at_call(monkeypatch, script, "build_neighbours", 1)
+    arguments = command_line(tiny_gemma, rows_file, tmp_path / "out", "--max_examples", 4)
+    monkeypatch.setattr(sys, "argv", ["train_memory_decoder.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.rstrip().endswith("Stopped; the same command goes on from here.")
