@@ -62,7 +62,7 @@ class Stages:
                                                    words, values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        self.decoder = Stage(root, "decoder", ["seen tokens", values(
+        self.decoder = Stage(root, "decoder", ["whitened start, residual, scale", values(
             "decoder_dim", "context", "norm", "head", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
         self.report = Stage(root, "report", [digest(held)], self.decoder)
@@ -87,17 +87,19 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True):
         return factory
     disk = max(0, estimate_disk(options, base, entries, factory)
                - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
-    memory, seconds = estimate_memory(options, base, entries, seen, factory), estimate_seconds(options, base, windows,
-                                                                                              held_windows, entries, seen)
+    memory = estimate_memory(options, base, entries, seen, factory)
     print(f"plan: {entries:,} entries of width {base.width}, {seen:,} of {base.vocabulary:,} tokens seen; index {factory}; disk "
           f"{disk / 2**30:.2f} GiB of {free_disk / 2**30:.1f} free; memory {(memory + held_memory()) / 2**30:.1f} GiB in all, "
-          f"{free_memory / 2**30:.1f} free beside the model; about {max(1, round(seconds / 60))} min", flush=True)
+          f"{free_memory / 2**30:.1f} free beside the model", flush=True)
     if disk > free_disk:
         raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {output} has {free_disk / 2**30:.2f}; lower "
                         "--max_examples or --k, or name another --output_dir.")
     if memory > free_memory:
         raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {free_memory / 2**30:.2f} "
                         "are free; lower --max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
+    if not (stages.decoder / "done.json").exists():
+        seconds = estimate_seconds(options, base, windows, held_windows, entries, seen)
+        print(f"plan: about {max(1, round(seconds / 60))} min from here, when nothing of it is done yet", flush=True)
     return factory
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -358,7 +359,7 @@ def run(options):
     if accelerator.is_main_process:
         metrics = make_report(options, base, store, held_windows, stages, factory)
         publish(options, base, template, metrics, stages, output)
-        flags = "" if options.output_dir == "trained_models" else f" --model_dir {output}"
+        flags = "" if options.output_dir == "trained_models" else f" --model_dir {shlex.quote(str(output))}"
         print(f"\nsaved in {output}; chat with it: python app.py{' --demo' if options.output_dir == DEMO['output_dir'] else flags}")
 
 

@@ -12,8 +12,7 @@ from conftest import run_script
 from runs import command_line, contents, failure_of, the_error
 
 import train_memory_decoder as script
-from base_model import DEMO_MODEL, DEMO_PACKAGE, BaseLM, explain_load_error
-from command import UserError
+from base_model import DEMO_MODEL, DEMO_PACKAGE
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ BAD = [
     (("--base_model", "nowhere.gguf"), "There is no file nowhere.gguf"),
     (("--dataset", "missing.jsonl"), "missing.jsonl"),
     (("--template", "{Title} {Nothing}"), "no field Nothing; it has Title, Question, Answer"),
-    (("--template", "no field at all"), "names no field"),
+    (("--template", "no field at all"), "names no field"), (("--template", "chat {Question}"), "neither a chat nor a text"),
     (("--template", "chat {Question} {Nothing}"), "no field Nothing; it has Title, Question, Answer"),
     (("--validation_dataset", "missing.csv"), "missing.csv"),
     (("--k", 1_000_000), "K is 1000000"),
@@ -160,30 +159,6 @@ def test_a_mistake_in_the_program_is_not_called_a_lack_of_memory(arguments, tmp_
     monkeypatch.setattr(sys, "argv", ["train_memory_decoder.py", *arguments(tmp_path / "out")])
     with pytest.raises(RuntimeError, match="shapes do not match"):
         script.main()
-
-
-GATED = """You are trying to access a gated repo.
-Make sure to have access to it at https://huggingface.co/google/gemma-2b.
-401 Client Error. (Request ID: Root=1-2)
-Access to model google/gemma-2b is restricted. You must have access to it and be authenticated to access it."""
-
-
-def test_a_gated_model_is_explained_with_what_to_do():
-    message = explain_load_error("google/gemma-2b", OSError(GATED))
-    assert "\n" not in message
-    for said in ("google/gemma-2b is gated", "https://huggingface.co/google/gemma-2b", "hf auth login", "--base_model"):
-        assert said in message
-
-
-def test_a_folder_that_does_not_exist_is_not_called_gated(tmp_path):
-    with pytest.raises(UserError, match="There is no folder") as error:
-        BaseLM.load(str(tmp_path / "model-401"), device="cpu")
-    assert "gated" not in str(error.value)
-
-
-def test_a_folder_without_a_model_is_an_error_that_names_it(earlier, arguments, failure, tmp_path):
-    (tmp_path / "hollow").mkdir()
-    assert f"The folder {tmp_path / 'hollow'} does not hold" in failure(arguments(earlier, "--base_model", tmp_path / "hollow"))
 
 
 @pytest.mark.parametrize(("bad", "said"), [

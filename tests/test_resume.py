@@ -117,9 +117,9 @@ def test_a_search_killed_while_it_notes_its_progress_can_go_on(six_rows, train, 
 def test_the_decoder_goes_on_from_its_last_epoch(six_rows, train, tmp_path, monkeypatch):
     folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
     assert steps % 2 == 0 and steps > 6  # two epochs
-    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", steps // 2 + 3)
+    interrupt(monkeypatch, train, folder, script.Batches, "__call__", steps // 2 + 3)
     assert next(folder.glob("stages/decoder-*/checkpoint.pt")).exists()
-    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    again = count_calls(monkeypatch, script.Batches, "__call__")
     train(folder)
     assert len(again) == steps // 2
     assert_same_training(six_rows, folder)
@@ -129,8 +129,8 @@ def test_the_decoder_goes_on_from_its_last_epoch(six_rows, train, tmp_path, monk
 def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)  # after every step
-    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", 4)
-    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    interrupt(monkeypatch, train, folder, script.Batches, "__call__", 4)
+    again = count_calls(monkeypatch, script.Batches, "__call__")
     train(folder)
     assert len(again) == losses(six_rows)[-1][0] - 3
     assert_same_training(six_rows, folder)
@@ -138,10 +138,10 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing(six_rows, train,
 
 def test_a_checkpoint_of_a_run_with_another_number_of_steps_is_not_used(six_rows, train, tmp_path, monkeypatch):
     folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
-    interrupt(monkeypatch, train, folder, script.TrainingLoss, "forward", steps // 2 + 1)
+    interrupt(monkeypatch, train, folder, script.Batches, "__call__", steps // 2 + 1)
     path = next(folder.glob("stages/decoder-*/checkpoint.pt"))
     torch.save({**torch.load(path, weights_only=True), "total": 2 * steps}, path)  # as two processes fewer would leave it
-    again = count_calls(monkeypatch, script.TrainingLoss, "forward")
+    again = count_calls(monkeypatch, script.Batches, "__call__")
     train(folder)
     assert len(again) == steps
     assert_same_training(six_rows, folder)

@@ -143,6 +143,13 @@ def test_the_plan_refuses_a_machine_with_a_byte_of_memory_too_little(planned, wi
         planned(memory=needed - 1)[2]()
 
 
+def test_the_plan_refuses_too_small_a_machine_before_it_tries_a_step_there(planned, monkeypatch):
+    monkeypatch.setattr(stages, "timed", lambda work: pytest.fail("a measured step takes the memory that is not there"))
+    for few in ({"memory": 1000}, {"disk": 1000}):
+        with pytest.raises(UserError):
+            planned(**few)[2]()
+
+
 def test_the_plan_refuses_a_disk_with_a_byte_too_little_but_counts_what_is_there(planned, windows, base):
     options, made, _ = planned()
     needed = estimate_disk(options, base, len(entries_of(windows).values), "Flat")
@@ -211,11 +218,19 @@ def test_more_entries_and_more_seen_tokens_need_more_memory(base):
     assert fewest < estimate_memory(options, base, 100_000, 100, "Flat")
 
 
-def test_the_estimate_of_time_grows_with_epochs_rows_and_seen_tokens(base, windows, monkeypatch):
+def test_the_estimate_of_time_grows_with_epochs_and_rows(base, windows, monkeypatch):
     monkeypatch.setattr(stages, "timed", lambda work: 1e-3)
 
-    def estimate(some=windows, held=windows[:2], tokens=100, **changes):
-        return estimate_seconds(Options(**changes), base, some, held, len(entries_of(some).values), tokens)
+    def estimate(some=windows, held=windows[:2], **changes):
+        entries = len(entries_of(some).values)
+        return estimate_seconds(Options(batch_size=2, decoder_dim=32, **changes), base, some, held, entries, 100)
     few = estimate()
     assert 0 < estimate(some=windows[:len(windows) // 2]) < few
-    assert few < min(estimate(num_epochs=6), estimate(tokens=512), estimate(held=windows), estimate(decoder_dim=512)) < float("inf")
+    assert few < min(estimate(num_epochs=6), estimate(held=windows)) < float("inf")
+
+
+def test_what_the_estimate_of_time_measures_can_be_run(base, windows, monkeypatch):
+    results = []
+    monkeypatch.setattr(stages, "timed", lambda work: results.append(work()) or 1e-3)
+    estimate_seconds(Options(batch_size=2, decoder_dim=32), base, windows, windows[:2], len(entries_of(windows).values), 100)
+    assert len(results) >= 3 and np.isfinite(results).all()

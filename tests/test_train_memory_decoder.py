@@ -145,11 +145,18 @@ def test_the_memory_has_one_output_row_for_each_token_that_was_seen(trained, bas
     assert MemoryDecoder.load(trained / "memory_decoder.pt").residual is True
 
 
+def test_the_report_changes_nothing_of_the_trained_memory_but_its_scale(trained):
+    (learned,) = (torch.load(path, weights_only=True)["weights"] for path in trained.glob("stages/decoder-*/memory_decoder.pt"))
+    published = weights(trained)
+    assert learned.keys() == published.keys() and learned.pop("scale") == 1 != published.pop("scale")
+    assert all(torch.equal(value, published[name]) for name, value in learned.items())
+
+
 def test_the_originals_memory_has_all_tokens_and_adds_to_no_logits(original, base):
     decoder = MemoryDecoder.load(original / "memory_decoder.pt")
     assert weights(original)["output_projection.weight"].shape == (base.vocabulary, 32)
     assert decoder.seen.tolist() == list(range(base.vocabulary)) and decoder.residual is False
-    assert (decoder.sizes["norm_first"], decoder.sizes["context"]) == (False, 1)
+    assert (decoder.sizes["norm_first"], decoder.sizes["context"], float(decoder.scale)) == (False, 1, 1)
     features, base_logits = torch.randn(2, 32), torch.randn(2, base.vocabulary)
     said = decoder.log_probabilities(features, base_logits)
     assert torch.equal(said, decoder.log_probabilities(features, 5 * base_logits))
