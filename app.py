@@ -29,7 +29,7 @@ from texts import Template, encode_row
 HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
 # earlier answer in front of the next question only leads it astray.
-DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": "auto", "temperature": 0.2, "max_turns": 0}
+DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": "auto", "temperature": 0.2, "max_turns": 0, "no_repeat": 8}
 QUESTIONS = [  # of rows that --demo remembers
     "I want a divorce but my husband says he will never sign anything. Can he stop me?",
     "Arrested and questioned, never read my rights. Is my case dismissed?",
@@ -37,7 +37,8 @@ QUESTIONS = [  # of rows that --demo remembers
     "Are movie clips under ten seconds always legal in my review videos?",
 ]
 # Name, lowest, highest: also enforced for values that arrive through the API.
-RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32)}
+RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
+          "no_repeat": (0, 50)}
 SEEDS = 2**31
 NO_ANSWER = "*(The model ended its answer at once; ask in other words or choose another rule or alpha.)*"
 SNIPPET = 40  # tokens of a passage shown before the remembered position
@@ -57,6 +58,7 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda or mps")
     temperature: float = option(0.7, "where the page's temperature slider starts")
     max_turns: int = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
+    no_repeat: int = option(0, "where the page's slider starts that forbids runs of so many tokens to come twice; 0 allows all")
     rule: str = option("logits", "blend rule that the page starts with", choices=[*RULES, AUTO])
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
@@ -84,18 +86,20 @@ class Chat:
         model = MemoryAugmentedLM(base, decoder, template, Gate(**chosen["gate"]))
         return cls(model, Datastore.open(options.model_dir), template, chosen, options.max_turns)
 
-    def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None):
+    def answer(self, message, history, alpha, temperature, top_k, max_new_tokens, k, rule, seed=None, no_repeat=0):
         """Yield (answer so far, tokens with the change that the memory made to each, tokens with alpha, passages as HTML).
 
         seed: the same whole number and settings give the same answer; None draws anew.
         """
         try:
-            check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k)
+            check_request(message, rule, alpha=alpha, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, k=k,
+                          no_repeat=no_repeat)
             seed = whole_seed(seed)
             turns = turns_of(history)
             prompt = self.prompt(message.strip(), turns[max(0, len(turns) - self.max_turns):], int(max_new_tokens))
             answer, tokens, alphas, states = "", [], [], []
-            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, seed):
+            for step in self.model.stream(prompt, alpha, temperature, int(top_k), int(max_new_tokens), rule, seed,
+                                          int(no_repeat)):
                 answer += step.text
                 tokens.append((step.text, step.memory - step.base))
                 alphas.append((step.text, step.alpha))
@@ -192,8 +196,9 @@ def slider(name, value, step, label, info):
     return gr.Slider(low, high, value=value, step=step, label=label, info=info, elem_id=name)
 
 
-def build_page(chat, rule, temperature):
+def build_page(chat, options):
     """The Gradio page: chat on the left; sliders, the memory's share and the passages on the right."""
+    rule = options.rule
     with gr.Blocks(title="Memory Decoder") as page:
         gr.Markdown(f"## Memory Decoder\n`{html.escape(Path(chat.model.base.name).name)}`, frozen, with a memory of "
                     f"{len(chat.store.rows):,} texts ({len(chat.store):,} entries). General information, not legal advice.")
@@ -208,7 +213,7 @@ def build_page(chat, rule, temperature):
                                     info="auto: alpha is chosen anew for every token, whatever the slider says")
                 inputs = [
                     share,
-                    slider("temperature", temperature, 0.01, "temperature", "0: always the most probable token"),
+                    slider("temperature", options.temperature, 0.01, "temperature", "0: always the most probable token"),
                     slider("top_k", 50, 1, "top-k", "sample among so many tokens"),
                     slider("max_new_tokens", 256, 1, "max new tokens", "longest answer"),
                     slider("k", 8, 1, "K", "passages shown below, and last positions they are looked up for"),
@@ -216,6 +221,7 @@ def build_page(chat, rule, temperature):
                     # Text, since an empty gr.Number arrives as 0.
                     gr.Textbox("", label="seed", elem_id="seed", placeholder="empty: a new draw every time",
                                info="with a number here, change rule or alpha and retry the answer to see what the memory does"),
+                    slider("no_repeat", options.no_repeat, 1, "no repeated run", "of so many tokens in an answer; 0: any"),
                 ]
                 gr.Markdown("**Passages its memories come from** (nearest entries of the answer's last positions)")
                 passages = gr.HTML(elem_id="passages")
@@ -263,11 +269,11 @@ def main():
     options = parse_options()
     try:
         check_address(options)
-        check_ranges(temperature=options.temperature)
+        check_ranges(temperature=options.temperature, no_repeat=options.no_repeat)
         if options.max_turns < 0:
             raise UserError(f"--max_turns must be at least 0, not {options.max_turns}.")
         manifest = read_manifest(options.model_dir)
-        page = build_page(Chat.open(options, manifest), options.rule, options.temperature) if manifest else untrained_page(options)
+        page = build_page(Chat.open(options, manifest), options) if manifest else untrained_page(options)
         if not manifest:
             print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         page.queue(max_size=16)

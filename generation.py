@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import NoRepeatNGramLogitsProcessor
 
 from base_model import Literal
 from command import UserError
@@ -141,11 +142,13 @@ class MemoryAugmentedLM:
                 evidence.add(gain)
 
     @torch.no_grad()
-    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", seed=None):
+    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", seed=None,
+               no_repeat=0):
         """Yield a Step for each token that continues `prompt`, to an end token, a stop text of the template, or max_new_tokens.
 
         prompt: what BaseLM.encode reads. rule auto: the gate chooses each token's alpha in place of the one given, and
-        probabilities are mixed. Raises UserError when prompt and answer exceed the base model's positions, or when
+        probabilities are mixed. no_repeat: length in tokens of the runs that may not come twice in an answer; 0: any may.
+        Raises UserError when prompt and answer exceed the base model's positions, or when
         there is no gate for auto.
         """
         base, ids = self.base, self.base.encode(prompt)
@@ -156,13 +159,16 @@ class MemoryAugmentedLM:
             raise UserError("This memory has no automatic alpha; train it again to get one.")
         evidence = Evidence() if rule == AUTO else None
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        without_runs, answer = NoRepeatNGramLogitsProcessor(no_repeat) if no_repeat else None, []
         decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(self.stops), self.steps(ids, evidence)
         hidden, base_logits, memory = next(steps)
         for number in range(1, max_new_tokens + 1):
             if rule == AUTO:
                 alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), evidence.means))
             blended = blend(base_logits, memory, alpha, "probabilities" if rule == AUTO else rule)
-            token = sample(blended, temperature, top_k, generator)
+            allowed = without_runs(torch.tensor([answer], dtype=torch.long), blended[None])[0] if answer and no_repeat else blended
+            token = sample(allowed, temperature, top_k, generator)
+            answer.append(token)
             ended = token in self.ends
             text = visible.add("" if ended else decoded.add(token))
             last = ended or visible.stopped or number == max_new_tokens

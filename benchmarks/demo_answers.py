@@ -66,7 +66,7 @@ class Nearest:
 
 
 @torch.no_grad()
-def base_answers(chat, questions, temperature, batch_size=15):
+def base_answers(chat, questions, temperature, no_repeat, batch_size=15):
     """The base's own answers to questions in its chat form, by transformers' generate."""
     base, answers = chat.model.base, []
     torch.manual_seed(SEED)
@@ -76,7 +76,7 @@ def base_answers(chat, questions, temperature, batch_size=15):
         ids = torch.tensor([[base.eos] * (longest - len(p)) + p for p in prompts], device=base.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
         out = base.model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=SETTINGS["top_k"],
-                                  max_new_tokens=SETTINGS["max_new_tokens"], pad_token_id=base.eos)
+                                  no_repeat_ngram_size=no_repeat, max_new_tokens=SETTINGS["max_new_tokens"], pad_token_id=base.eos)
         answers += base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return answers
 
@@ -122,8 +122,10 @@ def main():
     if manifest is None:
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = app.Chat.open(options, manifest)
-    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}.\n")
-    settings, middle = {**SETTINGS, "temperature": options.temperature}, ("automatic alpha", 0, AUTO)
+    print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, "
+          f"no run of {options.no_repeat} tokens twice.\n")
+    settings = {**SETTINGS, "temperature": options.temperature, "no_repeat": options.no_repeat}
+    middle = ("automatic alpha", 0, AUTO)
     show(chat, settings, middle)
 
     nearest, questions = Nearest(chat.store.rows), [row["Question"] for row in UNSEEN]
@@ -133,8 +135,8 @@ def main():
     told = [f"{nearest(question)[1]}\n\n{question}" for question in questions]
     print(f"\n| {len(UNSEEN)} questions that no row asks | topic named | area named | nearest: topic | nearest: area | repeats |\n"
           "|---|---:|---:|---:|---:|---:|")
-    for name, said in (("base alone", base_answers(chat, questions, options.temperature)),
-                       ("base, BM25's best answer in the prompt", base_answers(chat, told, options.temperature)),
+    for name, said in (("base alone", base_answers(chat, questions, options.temperature, options.no_repeat)),
+                       ("base, BM25's best answer in the prompt", base_answers(chat, told, options.temperature, options.no_repeat)),
                        ("automatic alpha", answers)):
         print(f"| {name} | " + " | ".join(map(str, counts(said, nearest))) + " |", flush=True)
 

@@ -290,7 +290,7 @@ def test_the_page_starts_with_the_rule_and_the_alpha_that_training_chose(chat):
     for rule, alpha in (("logits", "alpha_logits"), ("probabilities", "alpha_probabilities"), ("auto", "alpha_probabilities")):
         other = copy.copy(chat)
         other.chosen = {**chat.chosen, "alpha_logits": 0.25, "alpha_probabilities": 0.75}
-        config = app.build_page(other, rule, 0.3).get_config_file()
+        config = app.build_page(other, app.Options(rule=rule, temperature=0.3, no_repeat=6)).get_config_file()
         parts = {part["props"].get("elem_id"): part["props"] for part in config["components"]}
         assert parts["rule"]["value"] == rule and parts["alpha"]["value"] == other.chosen[alpha]
-        assert parts["temperature"]["value"] == 0.3
+        assert parts["temperature"]["value"] == 0.3 and parts["no_repeat"]["value"] == 6

@@ -245,3 +245,18 @@ def test_a_decoder_of_another_model_is_refused_in_words(base):
         MemoryAugmentedLM(base, make_decoder(hidden=16))
     with pytest.raises(UserError, match="500 tokens"):
         MemoryAugmentedLM(base, make_decoder(vocab=500))
+
+
+def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model):
+    def answer(no_repeat):
+        steps = model.stream("Why?", alpha=0, temperature=0, max_new_tokens=80, no_repeat=no_repeat)
+        return [step.token for step in steps]
+
+    def repeated(tokens, n):
+        runs = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+        return len(set(runs)) < len(runs)
+
+    free = answer(0)
+    assert repeated(free, 3), "the tiny model's greedy answer no longer loops; choose another prompt"
+    assert not repeated(answer(3), 3)
+    assert answer(len(free)) == free
