@@ -118,12 +118,6 @@ class BaseLM:
         out = self.decoder(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
         return out.last_hidden_state
 
-    def logits_of(self, tokens):
-        """A function that maps hidden states (..., H) to the logits (..., V') of some tokens (V',) in float32."""
-        weight = self.head.weight[tokens]
-        bias = self.head.bias[tokens] if getattr(self.head, "bias", None) is not None else None
-        return lambda hidden: self.cap(torch.nn.functional.linear(hidden.to(weight), weight, bias).float())
-
     def new_cache(self):
         """An empty cache of keys and values for `hidden`."""
         return DynamicCache(config=self.model.config)
@@ -131,11 +125,8 @@ class BaseLM:
     @torch.no_grad()
     def logits(self, hidden):
         """Logits (..., V) in float32 of hidden states (..., H)."""
-        return self.cap(self.head(hidden.to(self.device, self.head.weight.dtype)).float())
-
-    def cap(self, logits):
-        """Soft-capped logits, for the models that have a cap; raw logits (...) are the head's output."""
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        z = self.head(hidden.to(self.device, self.head.weight.dtype)).float()
+        return torch.tanh(z / self.softcap) * self.softcap if self.softcap else z
 
     @torch.no_grad()
     def _check_logits(self):

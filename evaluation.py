@@ -26,7 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
-SCALES = np.linspace(0.05, 1.5, 30)  # of the memory's correction
+SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
+BACKOFFS = np.linspace(0.01, 0.5, 50)  # the base's share in the memory
 SAMPLES = 16  # texts that the base writes for the gate
 SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
@@ -46,25 +47,29 @@ def sample_windows(base, length, seed=0):
 
 @torch.no_grad()
 def calibrate(base, decoder, windows, batch_size=16):
-    """Set decoder.scale, and so the memory's own sureness, to what gives the windows' tokens the most probability.
+    """Set the decoder's scale and backoff to the pair that gives the windows' tokens the most probability.
 
-    A memory that has learned its text by heart is too sure on other text. One number mends that: temperature scaling
-    (Guo et al. 2017, arXiv 1706.04599), of the correction alone.
+    A memory that has learned its text by heart is too sure on other text. Two numbers mend that: one divides its logits
+    (temperature scaling, Guo et al. 2017, arXiv 1706.04599), one leaves a share to the base, at least the one it starts with.
     """
-    decoder, base_logits = decoder.to(base.device).eval(), base.logits_of(decoder.seen)
+    decoder = decoder.to(base.device).eval()
     values, _, _, offsets = entries_of(windows)
     places = torch.full((base.vocabulary,), -1, device=base.device)
     places[decoder.seen] = torch.arange(len(decoder.seen), device=base.device)
-    rows, total = max(1, LOGITS_AT_ONCE // 8 // len(decoder.seen)), torch.zeros(len(SCALES))
+    rows, own, other = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), [], []
     for first, hidden in hidden_batches(base, windows, batch_size):
         features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
-        y = places[torch.from_numpy(values[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)]
-        known = y >= 0  # the scale does not touch what the memory gives to an unseen token
-        features, hidden, y = features[known], hidden[known], y[known, None]
+        y = torch.from_numpy(values[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)[:, None]
         for block in (slice(i, i + rows) for i in range(0, len(y), rows)):
-            b, z = base_logits(hidden[block]), decoder.output_projection(features[block])
-            total += torch.stack([torch.log_softmax(b + s * z, -1).gather(1, y[block]).sum() for s in SCALES.tolist()]).cpu()
-    decoder.scale.fill_(float(SCALES[int(total.argmax())]))
+            other.append(torch.log_softmax(base.logits(hidden[block]), -1).gather(1, y[block])[:, 0])
+            z, place = decoder.output_projection(features[block]), places[y[block]]
+            found = torch.stack([torch.log_softmax(s * z, -1).gather(1, place.clamp_min(0))[:, 0] for s in SCALES.tolist()])
+            own.append(found.masked_fill(place[:, 0] < 0, -math.inf))
+    own, other = torch.cat(own, 1).double(), torch.cat(other).double()  # (scales, P), (P,)
+    shares = [float(decoder.backoff), *(share for share in BACKOFFS.tolist() if share > decoder.backoff)]
+    fits = torch.stack([torch.logaddexp(own + math.log1p(-share), other + math.log(share)).mean(1) for share in shares])
+    share, scale = divmod(int(fits.argmax()), len(SCALES))
+    decoder.scale.fill_(float(SCALES[scale])), decoder.backoff.fill_(shares[share])
 
 
 def features_of(decoder, hidden, counts):
@@ -98,28 +103,30 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                 found = {"base": torch.log_softmax(z, -1).gather(1, y[block])[:, 0], "memory": m.gather(1, y[block])[:, 0],
                          "opinions": opinions(z, m)}
                 if store:
-                    found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, decoder.unseen_share)
+                    found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, float(decoder.backoff))
                 for name, array in found.items():
                     parts[name].append(array.cpu().numpy())
             bar.update(len(hidden))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
 
 
-def sweep_logits(base_logits, memory, targets, seen, unseen_share):
+def sweep_logits(base_logits, memory, targets, seen, backoff):
     """Log probability (P, A) of the targets (P, 1) under the blend of logits at every alpha.
 
-    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). Under any alpha an unseen token's blend
-    is its base logit plus one constant, so only the seen tokens' are made anew.
+    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). An unseen token's memory is the base's
+    probability times backoff, so under any alpha its blend is its base log probability plus one constant: only the seen
+    tokens are made anew.
     """
-    b, m = base_logits[:, seen], memory[:, seen]
-    target_b, target_m = (x.gather(1, targets)[:, 0] for x in (base_logits, memory))
-    every = len(seen) == base_logits.shape[1]
-    unseen = None if every else base_logits.index_fill(-1, seen, -math.inf).logsumexp(-1)
+    base = torch.log_softmax(base_logits, -1)
+    b, m = base[:, seen], memory[:, seen]
+    target_b, target_m = (x.gather(1, targets)[:, 0] for x in (base, memory))
+    every = len(seen) == base.shape[1]
+    unseen = None if every else base.index_fill(-1, seen, -math.inf).logsumexp(-1)
     columns = []
     for alpha in ALPHAS.tolist():
         total = torch.lerp(b, m, alpha).logsumexp(-1)
         if not every:
-            total = torch.logaddexp(total, (1 - alpha) * unseen + alpha * math.log(unseen_share))
+            total = torch.logaddexp(total, unseen + alpha * math.log(backoff))
         columns.append((1 - alpha) * target_b + alpha * target_m - total)
     return torch.stack(columns, 1)
 

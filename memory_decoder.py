@@ -99,50 +99,27 @@ class MemoryDecoder(nn.Module):
     """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> features (B, T, C) -> output
-    projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. With residual, these are
-    added to the base's own logits of the same tokens, and start at zero. seen: token ids (V',). unseen_share: the
-    probability of all other tokens together. With context=1 every position is read alone, as in the original demo.
+    projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. seen: token ids (V',).
+    backoff: the share of its probability that the memory leaves to the base. With context=1 every position is read
+    alone, as in the original demo.
     """
 
-    def __init__(self, hidden_size, vocab_size, seen, unseen_share=0.0, decoder_dim=256, num_layers=6, num_heads=32,
-                 context=64, norm_first=True, residual=True, dropout=0.0):
+    def __init__(self, hidden_size, vocab_size, seen, backoff=0.0, decoder_dim=256, num_layers=6, num_heads=32,
+                 context=128, norm_first=True, dropout=0.0):
         super().__init__()
         check_heads(decoder_dim, num_heads)
-        self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "unseen_share": unseen_share,
-                      "decoder_dim": decoder_dim, "num_layers": num_layers, "num_heads": num_heads, "context": context,
-                      "norm_first": norm_first, "residual": residual}
-        self.unseen_share, self.residual = unseen_share, residual
+        self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "decoder_dim": decoder_dim,
+                      "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
         self.register_buffer("seen", torch.as_tensor(seen, dtype=torch.long))
-        self.register_buffer("scale", torch.ones(()))  # of the correction; evaluation.calibrate chooses it after training
+        # evaluation.calibrate chooses both after training.
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("backoff", torch.tensor(float(backoff)))
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, len(self.seen))
-        if residual:
-            nn.init.zeros_(self.output_projection.weight), nn.init.zeros_(self.output_projection.bias)
-
-    @torch.no_grad()
-    def start_from_keys(self, keys):
-        """Let the input projection begin as the whitened principal components of the keys (P, H), and the blocks add nothing.
-
-        A few of a hidden state's numbers are far larger than the rest. At a random start they would be all that the decoder
-        sees: the first pass over the data then lowers the loss half as much (benchmarks/README.md).
-        """
-        keys = keys.float().cpu()
-        mean, width = keys.mean(0), self.sizes["decoder_dim"]
-        values, vectors = torch.linalg.eigh(torch.cov(keys.T))
-        # A little of the mean variance keeps directions that the sample hardly shows from being blown up.
-        components = (vectors * (values + 1e-3 * values.mean()) ** -0.5).T[-width:]
-        rows = len(components)  # fewer than the width for a narrow base model
-        project = self.input_projection
-        project.weight[:rows] = components.to(project.weight)
-        project.bias.zero_()
-        project.bias[:rows] = -(components @ mean).to(project.bias)
-        for block in self.blocks:
-            for layer in (block.out, block.mlp[-1]):
-                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def features(self, hidden, cache=None):
         """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
@@ -151,22 +128,51 @@ class MemoryDecoder(nn.Module):
             x = block(x, cache)
         return self.output_norm(x)
 
-    def seen_logits(self, features, base_logits):
-        """Logits (..., V') of the seen tokens, from features (..., C) and the base's logits of all tokens (..., V)."""
-        z = self.scale * self.output_projection(features)
-        return z + base_logits[..., self.seen] if self.residual else z
-
     def log_probabilities(self, features, base_logits):
         """The memory's log probabilities (..., V), from features (..., C) and the base's logits (..., V).
 
-        A kNN distribution has mass on seen tokens only. The rest, unseen_share, is divided as the base divides it.
+        p_memory(v) = (1 - backoff) softmax(scale * z)(v) + backoff * p_base(v), where z holds seen tokens only: a kNN
+        distribution has no mass elsewhere. So n-gram models back off to a background (Jelinek and Mercer 1980).
         """
-        z = torch.log_softmax(self.seen_logits(features, base_logits), -1)
-        if len(self.seen) == self.sizes["vocab_size"]:
-            return z
-        unseen = base_logits.index_fill(-1, self.seen, -math.inf).logsumexp(-1, keepdim=True)
-        rest = base_logits - unseen + math.log(self.unseen_share)
-        return rest.index_copy(-1, self.seen, z + math.log1p(-self.unseen_share))
+        own = torch.log_softmax(self.scale * self.output_projection(features), -1)
+        if not self.backoff:
+            assert len(self.seen) == self.sizes["vocab_size"]
+            return torch.empty_like(base_logits).index_copy_(-1, self.seen, own)
+        rest = torch.log_softmax(base_logits, -1) + self.backoff.log()
+        return rest.index_copy(-1, self.seen, torch.logaddexp(own + torch.log1p(-self.backoff), rest[..., self.seen]))
+
+    @torch.no_grad()
+    def start_from_head(self, head, keys):
+        """Start as the best decoder_dim-wide copy of the base model: its logits of the seen tokens, from its hidden states.
+
+        head: the base's output weights of these tokens (V', H). keys: a sample of hidden states (P, H). Among all rank-C maps M
+        the start minimises E|W(h - mean) - M(h - mean)|^2, with W centred over the vocabulary since softmax
+        ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
+        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections; the two
+        LayerNorms fix the length of the projected state, so the start is that map up to scale.
+        """
+        keys = keys.float().to(head.device)
+        mean, C = keys.mean(0), self.sizes["decoder_dim"]
+        centre = head.mean(0, dtype=torch.float32)
+        gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
+        covariance = torch.cov(keys.T)
+        # A little of the identity keeps directions that the sample hardly shows from being blown up.
+        covariance, gram = covariance.cpu(), gram.cpu()  # not every accelerator has eigh
+        values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)))
+        root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+        _, Q = torch.linalg.eigh(root @ gram @ root)
+        root, inverse, Q = (x.to(head.device) for x in (root, inverse, Q[:, -C:]))  # Q (H, C), fewer if H is less
+        r = Q.shape[1]
+        project = self.input_projection
+        project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
+        project.weight[r:], project.bias[r:] = project.weight[r:] * 0.1, 0
+        self.output_projection.weight.zero_()
+        for rows, part in zip(self.output_projection.weight.split(16_384), head.split(16_384), strict=True):
+            rows[:, :r] = (part.float() - centre) @ (root @ Q)
+        self.output_projection.bias.copy_(head @ mean.to(head.dtype) - centre @ mean)
+        for block in self.blocks:
+            for layer in (block.out, block.mlp[-1]):
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def save(self, path):
         """Write tensors and plain numbers, in float32, to one file."""
@@ -209,7 +215,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows, added):
+    def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows):
         total = kl_weight * weights.sum(1) + (1 - kl_weight)  # what multiplies q in the gradient; 1 but for lost neighbours
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)]
         cross, ce = weights.new_zeros(()), weights.new_zeros(())
@@ -218,8 +224,6 @@ class _SparseCrossEntropy(torch.autograd.Function):
             block = slice(i, i + rows)
             f, p, t, y = features[block], weights[block], tokens[block], targets[block, None]
             z = F.linear(f, head, bias.to(f.dtype)).float()
-            if added is not None:
-                z += added(block)
             z.sub_(z.amax(1, keepdim=True))
             z_t, z_y = z.gather(1, t), z.gather(1, y)
             mass = z.exp_().sum(1, keepdim=True)
@@ -238,42 +242,37 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None, None
+        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
 
 
-def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5, added=None):
+def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
     """(loss, kl, ce) in nats a position: loss = kl_weight * KL(kNN || memory) + (1 - kl_weight) * CE(next token).
 
     features (P, C); projection maps them to logits (V'); tokens and weights (P, K) are the sparse kNN distributions and
-    targets (P,) the next tokens, all as places among the seen tokens. added: maps a slice of the positions to logits
-    (.., V') that are added and not trained. No (P, V') target exists, and logits exist for one block of positions at a
-    time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
+    targets (P,) the next tokens, all as places among the seen tokens. No (P, V') target exists, and logits exist for one
+    block of positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
     """
     P, rows = len(targets), max(1, LOGITS_AT_ONCE // projection.out_features)
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     loss, cross, ce = _SparseCrossEntropy.apply(features, projection.weight, projection.bias, tokens, weights, targets,
-                                                kl_weight, rows, added)
+                                                kl_weight, rows)
     _, merged = merge_votes(tokens, weights)
     entropy = -torch.xlogy(merged, merged).sum()
     return (loss - kl_weight * entropy) / P, (cross - entropy) / P, ce / P
 
 
 class TrainingLoss(nn.Module):
-    """memory_loss as a module, so that several processes can share its gradients.
+    """memory_loss as a module, so that several processes can share its gradients."""
 
-    base_logits: maps hidden states (P, H) to the base's logits (P, V') of the seen tokens.
-    """
-
-    def __init__(self, decoder, kl_weight, base_logits):
+    def __init__(self, decoder, kl_weight):
         super().__init__()
-        self.decoder, self.kl_weight, self.base_logits = decoder, kl_weight, base_logits
+        self.decoder, self.kl_weight = decoder, kl_weight
 
     def forward(self, hidden, real, tokens, weights, targets):
         """hidden (B, T, H), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
-        features, states = self.decoder.features(hidden)[real], hidden[real]
-        added = (lambda block: self.base_logits(states[block])) if self.decoder.residual else None
-        return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight, added)
+        features = self.decoder.features(hidden)[real]
+        return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight)
 
 
 def read_manifest(folder):

@@ -62,8 +62,8 @@ class Stages:
                                                    words, values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        self.decoder = Stage(root, "decoder", ["whitened start, residual, scale", values(
-            "decoder_dim", "context", "norm", "head", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
+        self.decoder = Stage(root, "decoder", ["seen tokens, backoff", values(
+            "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
         self.report = Stage(root, "report", [digest(held)], self.decoder)
 
@@ -131,7 +131,7 @@ def estimate_memory(options, base, entries, seen, factory):
     reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
     scores = min(SCORES_AT_ONCE, positions * 32 * reach)  # of one layer; six are kept
     learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
-                + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen) + 4 * 2 * seen * base.width)
+                + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))
     scoring = 6 * 4 * LOGITS_AT_ONCE // 4
     return index_bytes(base, entries, factory) + max(learning, scoring)
 
@@ -147,8 +147,8 @@ def timed(work):
 def step_seconds(options, base, windows, seen):
     """Seconds of one training step on random states, of windows of mean length."""
     B, T = options.batch_size, max(1, sum(len(w.ids) - 1 - w.skip for w in windows) // len(windows))
-    decoder = MemoryDecoder(base.width, base.vocabulary, range(seen), 0.01, options.decoder_dim, context=options.context)
-    model = TrainingLoss(decoder, options.kl_weight, base.logits_of(decoder.seen)).to(base.device)
+    decoder = MemoryDecoder(base.width, base.vocabulary, range(seen), 0.0, options.decoder_dim, context=options.context)
+    model = TrainingLoss(decoder, options.kl_weight).to(base.device)
     hidden, real = torch.randn(B, T, base.width, device=base.device), torch.ones(B, T, dtype=torch.bool, device=base.device)
     tokens = torch.randint(seen, (B * T, options.k), device=base.device)
     weights = torch.full(tokens.shape, 1 / options.k, device=base.device)

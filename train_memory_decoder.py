@@ -52,7 +52,7 @@ DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), 
         "output_dir": str(HERE / "demo/trained_models"), "max_length": 512, "batch_size": 4, "context": 16,
         # A chat asks about what is stored: a high rate, no dropout and little KL remember it word for word.
         "num_epochs": 3, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.1}
-ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head": "random", "knn_temperature": math.inf,
+ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 CHECKPOINT_SECONDS = 120
 
@@ -76,9 +76,8 @@ class Options:
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
     context: int = option(128, "query states that attention reaches back; 1 reads each alone")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
-    head: str = option("residual", "what the output projection gives: 'residual', a correction of the base's logits of the tokens "
-                                   "seen, or 'random', logits of its own for all tokens, from random weights",
-                       choices=["residual", "random"])
+    head_init: str = option("base", "output projection starts as the base model's head, for the tokens that some entry holds, or, "
+                                    "for all tokens, at random", choices=["base", "random"])
     dropout: float = option(0.1, "share of the first layer's input and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
@@ -184,13 +183,14 @@ class Batches:
 def make_decoder(options, base, keys, entries):
     """A MemoryDecoder as it is before training."""
     torch.manual_seed(options.seed)
-    residual = options.head == "residual"
-    seen, share = seen_tokens(entries) if residual else (np.arange(base.vocabulary), 0.0)
+    known = options.head_init == "base"
+    seen, share = seen_tokens(entries) if known else (np.arange(base.vocabulary), 0.0)
     decoder = MemoryDecoder(base.width, base.vocabulary, seen, share, options.decoder_dim, context=options.context,
-                            norm_first=options.norm == "pre", residual=residual, dropout=options.dropout)
-    if residual:
+                            norm_first=options.norm == "pre", dropout=options.dropout)
+    if known:
         picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
-        decoder.start_from_keys(torch.from_numpy(keys[picks]))
+        decoder.to(base.device).start_from_head(base.head.weight.detach()[decoder.seen.to(base.device)],
+                                                torch.from_numpy(keys[picks]))
     return decoder
 
 
@@ -198,10 +198,11 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
     """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
     stage = stages.decoder
     decoder = make_decoder(options, base, keys, entries)
-    batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours), decoder.seen.numpy())
+    batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours),
+                      decoder.seen.cpu().numpy())
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
     per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
-    model = TrainingLoss(decoder, options.kl_weight, base.logits_of(decoder.seen))
+    model = TrainingLoss(decoder, options.kl_weight)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=options.weight_decay, fused=True)
     total = per_epoch * options.num_epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
@@ -270,7 +271,7 @@ def make_report(options, base, store, held_windows, stages, factory):
         trained_with = temperature = training_temperature(options, stages.neighbours)
         if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
             temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
-        if decoder.residual:
+        if decoder.backoff:
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
         decoder.save(stages.report / "memory_decoder.pt")
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
@@ -279,7 +280,7 @@ def make_report(options, base, store, held_windows, stages, factory):
         seconds = {stage.name: stage.facts["seconds"] for stage in list(stages)[:-1]}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, samples, temperature) | {
-            "scale": float(decoder.scale), "seen_tokens": len(decoder.seen), "unseen_share": decoder.unseen_share,
+            "scale": float(decoder.scale), "backoff": float(decoder.backoff), "seen_tokens": len(decoder.seen),
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
             "peak_memory_bytes": evaluation.peak_memory()}
@@ -348,7 +349,7 @@ def run(options):
         (output / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Nothing can be written to the folder {output}: {error.strerror}.") from None
-    seen = len(np.unique(entries.values)) if options.head == "residual" else base.vocabulary
+    seen = len(np.unique(entries.values)) if options.head_init == "base" else base.vocabulary
     with accelerator.main_process_first():
         factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process)
         keys = build_datastore(options, base, rows, windows, entries, stages.datastore)
