@@ -27,7 +27,6 @@ import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
-BACKOFFS = np.linspace(0.01, 0.5, 50)  # the base's share in the memory
 SAMPLES = 16  # texts that the base writes for the gate
 SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
@@ -47,29 +46,26 @@ def sample_windows(base, length, seed=0):
 
 @torch.no_grad()
 def calibrate(base, decoder, windows, batch_size=16):
-    """Set the decoder's scale and backoff to the pair that gives the windows' tokens the most probability.
+    """Set decoder.scale, which multiplies the memory's logits, to what gives the windows' tokens the most probability.
 
-    A memory that has learned its text by heart is too sure on other text. Two numbers mend that: one divides its logits
-    (temperature scaling, Guo et al. 2017, arXiv 1706.04599), one leaves a share to the base, at least the one it starts with.
+    A memory that has learned its text by heart is too sure on other text. One number mends that, and changes no ranking of
+    tokens: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
     """
     decoder = decoder.to(base.device).eval()
     values, _, _, offsets = entries_of(windows)
     places = torch.full((base.vocabulary,), -1, device=base.device)
     places[decoder.seen] = torch.arange(len(decoder.seen), device=base.device)
-    rows, own, other = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), [], []
+    rows, total = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), torch.zeros(len(SCALES), dtype=torch.float64)
     for first, hidden in hidden_batches(base, windows, batch_size):
         features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
         y = torch.from_numpy(values[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)[:, None]
         for block in (slice(i, i + rows) for i in range(0, len(y), rows)):
-            other.append(torch.log_softmax(base.logits(hidden[block]), -1).gather(1, y[block])[:, 0])
             z, place = decoder.output_projection(features[block]), places[y[block]]
-            found = torch.stack([torch.log_softmax(s * z, -1).gather(1, place.clamp_min(0))[:, 0] for s in SCALES.tolist()])
-            own.append(found.masked_fill(place[:, 0] < 0, -math.inf))
-    own, other = torch.cat(own, 1).double(), torch.cat(other).double()  # (scales, P), (P,)
-    shares = [float(decoder.backoff), *(share for share in BACKOFFS.tolist() if share > decoder.backoff)]
-    fits = torch.stack([torch.logaddexp(own + math.log1p(-share), other + math.log(share)).mean(1) for share in shares])
-    share, scale = divmod(int(fits.argmax()), len(SCALES))
-    decoder.scale.fill_(float(SCALES[scale])), decoder.backoff.fill_(shares[share])
+            rest = torch.log_softmax(base.logits(hidden[block]), -1).gather(1, y[block])[:, 0] + decoder.backoff.log()
+            for number, scale in enumerate(SCALES.tolist()):
+                own = torch.log_softmax(scale * z, -1).gather(1, place.clamp_min(0)) + torch.log1p(-decoder.backoff)
+                total[number] += torch.logaddexp(own.masked_fill(place < 0, -math.inf)[:, 0], rest).double().sum().cpu()
+    decoder.scale.fill_(float(SCALES[int(total.argmax())]))
 
 
 def features_of(decoder, hidden, counts):

@@ -100,8 +100,8 @@ class MemoryDecoder(nn.Module):
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> features (B, T, C) -> output
     projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. seen: token ids (V',).
-    backoff: the share of its probability that the memory leaves to the base. With context=1 every position is read
-    alone, as in the original demo.
+    backoff: the share of its probability that the memory leaves to the base, for tokens that no entry holds. With
+    context=1 every position is read alone, as in the original demo.
     """
 
     def __init__(self, hidden_size, vocab_size, seen, backoff=0.0, decoder_dim=256, num_layers=6, num_heads=32,
@@ -111,8 +111,7 @@ class MemoryDecoder(nn.Module):
         self.sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "decoder_dim": decoder_dim,
                       "num_layers": num_layers, "num_heads": num_heads, "context": context, "norm_first": norm_first}
         self.register_buffer("seen", torch.as_tensor(seen, dtype=torch.long))
-        # evaluation.calibrate chooses both after training.
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))  # of the logits; evaluation.calibrate chooses it after training
         self.register_buffer("backoff", torch.tensor(float(backoff)))
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)

@@ -63,9 +63,9 @@ def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):
     """A MemoryDecoder for the tiny Gemma, at random weights; unless told otherwise it has seen two tokens in three."""
     torch.manual_seed(seed)
     seen = [token for token in range(vocab) if token % 3] if seen is None else seen
-    sizes = {"unseen_share": 0.01, "decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}
+    sizes = {"backoff": 0.01, "decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}
     decoder = MemoryDecoder(hidden, vocab, seen, **sizes)
-    torch.nn.init.normal_(decoder.output_projection.weight, std=0.3)  # a fresh one says what the base says
+    torch.nn.init.normal_(decoder.output_projection.weight, std=0.3)  # a fresh one hardly prefers any token
     return decoder.eval()
 
 

@@ -115,11 +115,6 @@ def test_hidden_states_give_the_models_own_logits(any_base, base):
         torch.testing.assert_close(model.logits(model.hidden(ids)), model.model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_logits_of_some_tokens_are_those_among_all(any_base):
-    hidden, tokens = any_base.hidden(torch.randint(6, 512, (2, 20))), torch.tensor([3, 500, 77, 3])
-    torch.testing.assert_close(any_base.logits_of(tokens)(hidden), any_base.logits(hidden)[..., tokens], atol=1e-4, rtol=1e-4)
-
-
 def test_cached_hidden_states_equal_uncached_ones(any_base):
     ids, cache = torch.randint(6, 512, (1, 20)), any_base.new_cache()
     pieces = [any_base.hidden(part, cache) for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:11], ids[:, 11:])]

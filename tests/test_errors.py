@@ -80,14 +80,14 @@ def test_a_user_error_is_one_sentence_and_touches_no_earlier_artefact(bad, said,
     assert all(earlier / "stages" in path.parents for path in set(after) - set(before))
 
 
-@pytest.mark.parametrize("flag", ["--topic", "--head_init", "--orig"])
+@pytest.mark.parametrize("flag", ["--topic", "--head", "--orig"])
 def test_a_flag_that_does_not_exist_is_refused_by_its_name(flag, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.parse_options(arguments(tmp_path / "out", flag, "8"))
     assert stopped.value.code == 2 and f"unknown: {flag}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [("--head", "base"), ("--norm", "middle"), ("--positions", "first"), ("--dtype", "int8")])
+@pytest.mark.parametrize("bad", [("--head_init", "residual"), ("--norm", "middle"), ("--positions", "first"), ("--dtype", "int8")])
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(bad, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.parse_options(arguments(tmp_path / "out", *bad))

@@ -13,6 +13,7 @@ import evaluation
 from datastore import Datastore, build_index, hidden_batches, seen_tokens
 from evaluation import ALPHAS, TEMPERATURES, mix_probabilities, score_positions, summarise, sweep_logits, write_report
 from generation import blend
+from memory_decoder import TrainingLoss
 from texts import Template, entries_of, windows_of
 
 TEMPLATE = Template.parse("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")
@@ -37,14 +38,15 @@ def held_windows(base):
     return windows
 
 
-@pytest.fixture(scope="module", params=["residual", "own logits", "all seen"])
+@pytest.fixture(scope="module", params=["some seen", "all seen", "no backoff"])
 def decoder(request, base, keys_and_store):
-    """A decoder that has seen what the datastore holds, or every token."""
-    store = keys_and_store[1]
-    seen, share = seen_tokens(entries_of(windows_of(base, store.rows, TEMPLATE, LENGTH)))
-    if request.param == "all seen":
-        seen, share = range(base.vocabulary), 0.0
-    return make_decoder(seed=1, context=16, seen=seen, unseen_share=share, residual=request.param != "own logits")
+    """A decoder that has seen what the datastore holds, or every token; its two numbers are not those it starts with."""
+    seen, share = seen_tokens(entries_of(windows_of(base, keys_and_store[1].rows, TEMPLATE, LENGTH)))
+    if request.param != "some seen":
+        seen, share = range(base.vocabulary), 0.15 if request.param == "all seen" else 0.0
+    made = make_decoder(seed=1, context=16, seen=seen, backoff=share)
+    made.scale.fill_(0.8)
+    return made
 
 
 def brute_knn(keys, values, query, token):
@@ -60,13 +62,11 @@ def brute_knn(keys, values, query, token):
 
 def slow_memory(decoder, z, own):
     """The memory's log probabilities (V,) at one position, token by token, from the base's logits and its own (V',)."""
-    own = dict(zip(decoder.seen.tolist(), own.tolist(), strict=True))
-    votes = {token: math.exp(value + (z[token].item() if decoder.residual else 0)) for token, value in own.items()}
-    rest = {token: math.exp(value) for token, value in enumerate(z.tolist()) if token not in votes}
-    seen_share = 1 - decoder.unseen_share
-    total_votes, total_rest = sum(votes.values()), sum(rest.values())
-    chances = [seen_share * votes[token] / total_votes if token in votes else decoder.unseen_share * rest[token] / total_rest
-               for token in range(len(z))]
+    scale, backoff = float(decoder.scale), float(decoder.backoff)
+    votes = {token: math.exp(scale * value) for token, value in zip(decoder.seen.tolist(), own.tolist(), strict=True)}
+    rest = [math.exp(value) for value in z.tolist()]
+    total_votes, total_rest = sum(votes.values()), sum(rest)
+    chances = [(1 - backoff) * votes.get(token, 0) / total_votes + backoff * rest[token] / total_rest for token in range(len(z))]
     return torch.tensor(chances, dtype=torch.float64).log()
 
 
@@ -113,19 +113,57 @@ def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_stor
     np.testing.assert_allclose(scores["opinions"], slow["opinions"], atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("count", [1, 200, 512])
-def test_the_sweep_equals_blending_every_token_for_seen_and_unseen_targets(count):
+@pytest.mark.parametrize(("count", "backoff"), [(1, 0.02), (200, 0.02), (200, 0.4), (512, 0.4), (512, 0.0)])
+def test_the_sweep_equals_blending_every_token_for_seen_and_unseen_targets(count, backoff):
     torch.manual_seed(count)
-    seen, share = torch.randperm(512)[:count].sort()[0], 0.02 if count < 512 else 0.0
-    decoder = make_decoder(seen=seen, unseen_share=share)
+    seen = torch.randperm(512)[:count].sort()[0]
+    decoder = make_decoder(seen=seen, backoff=backoff)
     base_logits, targets = 3 * torch.randn(40, 512), torch.randint(512, (40, 1))
     targets[:10, 0] = seen[torch.randint(count, (10,))]
     memory = decoder.log_probabilities(decoder.features(torch.randn(1, 40, 32))[0], base_logits).detach()
     assert count == 512 or not torch.isin(targets, seen).all()
-    fast = sweep_logits(base_logits, memory, targets, seen, share)
+    fast = sweep_logits(base_logits, memory, targets, seen, backoff)
     for column, alpha in enumerate(ALPHAS.tolist()):
         slow = torch.log_softmax(blend(base_logits, memory, alpha), -1).gather(1, targets)[:, 0]
         torch.testing.assert_close(fast[:, column], slow, atol=1e-4, rtol=1e-4)
+
+
+def learned(base, windows, steps=25):
+    """A decoder after some steps on the next tokens of the windows, which it has seen, so that its logits are worth something."""
+    decoder = make_decoder(context=16, seen=np.unique(entries_of(windows).values))
+    loss, optimizer = TrainingLoss(decoder, 0.0), torch.optim.AdamW(decoder.parameters(), 3e-3)
+    for _ in range(steps):
+        for window in windows:
+            hidden = base.hidden(torch.tensor([window.ids]))[:, window.skip:-1].clone()
+            y = torch.searchsorted(decoder.seen, torch.tensor(window.ids[window.skip + 1:]))
+            total, _, _ = loss(hidden, torch.ones(1, len(y), dtype=torch.bool), y[:, None], torch.ones(len(y), 1), y)
+            optimizer.zero_grad(), total.backward(), optimizer.step()
+    return decoder.eval()
+
+
+def test_calibration_chooses_the_best_pair_of_the_grid_and_no_backoff_below_the_one_at_the_start(
+        base, held_windows, keys_and_store, monkeypatch):
+    for name in ("SCALES", "BACKOFFS"):
+        monkeypatch.setattr(evaluation, name, getattr(evaluation, name)[::2])  # the search below is a slow one
+    known = windows_of(base, keys_and_store[1].rows, TEMPLATE, LENGTH)[:4]
+    decoder, windows = learned(base, known), [known[0], held_windows[0], held_windows[-1]]
+    low, high, table = 0.013, 0.355, {}
+    for share in (low, high, *evaluation.BACKOFFS.tolist()):
+        for scale in evaluation.SCALES.tolist():
+            decoder.scale.fill_(scale), decoder.backoff.fill_(share)
+            table[share, scale] = score_positions(base, decoder, windows)["memory"].mean()
+    chosen = []
+    for start, positions_at_once in ((low, 10_000), (high, 10_000), (low, 7)):
+        monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 8 * base.vocabulary * positions_at_once)
+        decoder.scale.fill_(1), decoder.backoff.fill_(start)
+        evaluation.calibrate(base, decoder, windows, 2)
+        allowed = [pair for pair in table if pair[0] == start or (pair[0] > start and pair[0] not in (low, high))]
+        best = max(allowed, key=table.get)
+        assert (float(decoder.backoff), float(decoder.scale)) == pytest.approx(best)
+        chosen.append(best)
+    # The best pair lies inside the grid, and a start above it stays.
+    assert low < chosen[0][0] < chosen[1][0] == high
+    assert evaluation.SCALES[0] < chosen[0][1] < evaluation.SCALES[-1]
 
 
 def test_scores_without_a_datastore_are_the_same_but_for_knn_and_blends(base, decoder, held_windows, keys_and_store):

@@ -16,8 +16,8 @@ PROMPT = QA.prompt("May I keep a goat?")
 END = SPECIAL.index("<end>")
 
 
-@pytest.fixture(scope="module", params=[{}, {"residual": False}, {"seen": range(512), "unseen_share": 0.0}],
-                ids=["residual", "own logits", "all seen"])
+@pytest.fixture(scope="module", params=[{"backoff": 0.2}, {"seen": range(512), "backoff": 0.2}, {"seen": range(512), "backoff": 0.0}],
+                ids=["some seen", "all seen", "no backoff"])
 def any_decoder(request):
     return make_decoder(context=6, **request.param)
 

@@ -123,12 +123,12 @@ def seen(windows):
 def test_the_plan_prints_entries_memory_disk_and_minutes_as_numbers(planned, windows, base, capsys):
     options, _, make = planned(memory=3 * 2**30, disk=5 * 2**30)
     assert make() == "Flat"
-    line = " ".join(capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out
     number = r"([\d,]+(?:\.\d+)?)"
     found = re.fullmatch(
         rf"plan: {number} entries of width 32, {number} of 512 tokens seen; index Flat; disk {number} GiB of {number} free; "
-        rf"memory {number} GiB in all, {number} free beside the model plan: about {number} min from here, "
-        "when nothing of it is done yet", line)
+        rf"memory {number} GiB in all, {number} free beside the model\nplan: about {number} min from here, "
+        "when nothing of it is done yet\n", lines)
     entries, tokens, disk, free_disk, memory, free_memory, minutes = (float(text.replace(",", "")) for text in found.groups())
     assert (entries, tokens) == (len(entries_of(windows).values), seen(windows))
     assert (free_disk, free_memory) == (5, 3)

@@ -99,8 +99,8 @@ def test_metrics_hold_what_the_report_is_made_of(trained):
     assert all(1 < metrics["held_out"][name] < math.inf for name in ("base", "knn_lm", "memory", "blend_logits"))
     assert metrics["index_recall"] == 1  # exact search
     decoder = MemoryDecoder.load(trained / "memory_decoder.pt")
-    assert (metrics["seen_tokens"], metrics["unseen_share"]) == (len(decoder.seen), decoder.unseen_share)
-    assert metrics["scale"] == float(decoder.scale)
+    assert metrics["seen_tokens"] == len(decoder.seen)
+    assert (metrics["scale"], metrics["backoff"]) == (float(decoder.scale), float(decoder.backoff))
 
 
 def test_the_manifest_knows_every_file_by_its_checksum(trained):
@@ -142,21 +142,23 @@ def test_the_memory_has_one_output_row_for_each_token_that_was_seen(trained, bas
     assert 8 < len(seen) < base.vocabulary
     assert weights(trained)["seen"].tolist() == seen.tolist()
     assert weights(trained)["output_projection.weight"].shape == (len(seen), 32)
-    assert MemoryDecoder.load(trained / "memory_decoder.pt").residual is True
 
 
-def test_the_report_changes_nothing_of_the_trained_memory_but_its_scale(trained):
+def test_the_report_changes_nothing_of_the_trained_memory_but_its_scale_and_its_backoff(trained, base):
     (learned,) = (torch.load(path, weights_only=True)["weights"] for path in trained.glob("stages/decoder-*/memory_decoder.pt"))
     published = weights(trained)
     assert learned.keys() == published.keys() and learned.pop("scale") == 1 != published.pop("scale")
+    _, share = datastore.seen_tokens(entries_of(windows_of(base, stored_rows(trained), TEMPLATE, 96)))
+    assert learned["backoff"] == pytest.approx(share) and learned.pop("backoff") < published.pop("backoff")
     assert all(torch.equal(value, published[name]) for name, value in learned.items())
 
 
-def test_the_originals_memory_has_all_tokens_and_adds_to_no_logits(original, base):
+def test_the_originals_memory_has_all_tokens_and_leaves_nothing_to_the_base(original, base):
     decoder = MemoryDecoder.load(original / "memory_decoder.pt")
     assert weights(original)["output_projection.weight"].shape == (base.vocabulary, 32)
-    assert decoder.seen.tolist() == list(range(base.vocabulary)) and decoder.residual is False
-    assert (decoder.sizes["norm_first"], decoder.sizes["context"], float(decoder.scale)) == (False, 1, 1)
+    assert decoder.seen.tolist() == list(range(base.vocabulary))
+    assert (decoder.sizes["norm_first"], decoder.sizes["context"]) == (False, 1)
+    assert (float(decoder.scale), float(decoder.backoff)) == (1, 0)
     features, base_logits = torch.randn(2, 32), torch.randn(2, base.vocabulary)
     said = decoder.log_probabilities(features, base_logits)
     assert torch.equal(said, decoder.log_probabilities(features, 5 * base_logits))
@@ -280,7 +282,7 @@ def test_demo_sets_the_embedded_model_and_data():
 def test_original_sets_the_original_demos_defaults_even_beside_demo(flags):
     options = parse_options(flags)
     assert (options.num_epochs, options.dropout, options.kl_weight) == (3, 0.1, 0.5)
-    assert (options.decoder_lr, options.context, options.norm, options.head) == (1e-4, 1, "post", "random")
+    assert (options.decoder_lr, options.context, options.norm, options.head_init) == (1e-4, 1, "post", "random")
     assert (options.knn_temperature, options.positions, options.k) == (math.inf, "last", 32)
     assert options.base_model == (DEMO_MODEL if "--demo" in flags else Options.base_model)
     options.check()
@@ -294,7 +296,7 @@ def test_explicit_flags_win_over_demo_and_original_wherever_they_stand(flags):
         options = parse_options(arguments)
         assert (options.decoder_lr, options.context, options.norm, options.max_length) == (0.5, 7, "pre", 99)
         assert (options.output_dir, options.knn_temperature) == ("mine", 3)
-        assert options.head == ("random" if "--original" in flags else "residual")
+        assert options.head_init == ("random" if "--original" in flags else "base")
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (37, 4), (129, 4), (1000, 7), (64, 1)])
