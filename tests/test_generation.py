@@ -16,8 +16,8 @@ PROMPT = QA.prompt("May I keep a goat?")
 END = SPECIAL.index("<end>")
 
 
-@pytest.fixture(scope="module", params=[{"backoff": 0.2}, {"seen": range(512), "backoff": 0.2}, {"seen": range(512), "backoff": 0.0}],
-                ids=["some seen", "all seen", "no backoff"])
+@pytest.fixture(scope="module", ids=["some seen", "all seen", "no backoff"],
+                params=[{"backoff": 0.2}, {"seen": range(512), "backoff": 0.2}, {"seen": range(512), "backoff": 0.0}])
 def any_decoder(request):
     return make_decoder(context=6, **request.param)
 

@@ -144,12 +144,12 @@ def test_the_memory_has_one_output_row_for_each_token_that_was_seen(trained, bas
     assert weights(trained)["output_projection.weight"].shape == (len(seen), 32)
 
 
-def test_the_report_changes_nothing_of_the_trained_memory_but_its_scale_and_its_backoff(trained, base):
+def test_the_report_changes_nothing_of_the_trained_memory_but_its_scale(trained, base):
     (learned,) = (torch.load(path, weights_only=True)["weights"] for path in trained.glob("stages/decoder-*/memory_decoder.pt"))
     published = weights(trained)
     assert learned.keys() == published.keys() and learned.pop("scale") == 1 != published.pop("scale")
     _, share = datastore.seen_tokens(entries_of(windows_of(base, stored_rows(trained), TEMPLATE, 96)))
-    assert learned["backoff"] == pytest.approx(share) and learned.pop("backoff") < published.pop("backoff")
+    assert float(learned["backoff"]) == pytest.approx(share)
     assert all(torch.equal(value, published[name]) for name, value in learned.items())
 
 
