@@ -20,7 +20,7 @@ import torch
 
 import command
 from base_model import BaseLM
-from command import UserError, fail, option
+from command import UserError, fail, one_line, option
 from datastore import Datastore
 from generation import AUTO, RULES, Gate, MemoryAugmentedLM
 from memory_decoder import MemoryDecoder, read_manifest
@@ -40,6 +40,7 @@ QUESTIONS = [  # of rows that --demo remembers
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
           "no_repeat": (0, 50)}
 SEEDS = 2**31
+PORT_IN_USE = "Port {} is in use; name another with --server_port."
 NO_ANSWER = "*(The model ended its answer at once; ask in other words or choose another rule or alpha.)*"
 SNIPPET = 40  # tokens of a passage shown before the remembered position
 CSS = """
@@ -241,11 +242,12 @@ def build_page(chat, options):
 
 def untrained_page(options):
     usual = DEMO["model_dir"] if options.demo else Options.model_dir
-    command = "python train_memory_decoder.py" + (" --demo" if options.demo else "")
-    command += "" if options.model_dir == usual else f" --output_dir {shlex.quote(options.model_dir)}"
+    line = "python train_memory_decoder.py" + (" --demo" if options.demo else "")
+    line += "" if options.model_dir == usual else f" --output_dir {shlex.quote(options.model_dir)}"
     with gr.Blocks(title="Memory Decoder") as page:
-        gr.Markdown(f"## Nothing is trained yet\nThere is no memory in `{options.model_dir}`. Run\n\n    {command}\n\n"
-                    "and start this page again. Without a GPU, account or network, add `--demo` to both commands.")
+        gr.Markdown(f"## Nothing is trained yet\nThere is no memory in `{options.model_dir}`. Run\n\n    {line}\n\n"
+                    "and start this page again." + ("" if options.demo else " Without a GPU, account or network, add `--demo` "
+                                                    "to both commands."))
     return page
 
 
@@ -260,7 +262,7 @@ def check_address(options):
             probe.bind((options.server_name, port or 0))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"Port {port} is in use; name another with --server_port.") from None
+            raise UserError(PORT_IN_USE.format(port)) from None
         raise UserError(f"The page cannot listen at {options.server_name}: {error.strerror}; check --server_name and "
                         "--server_port.") from None
 
@@ -284,7 +286,7 @@ def main():
     except OSError as error:
         if "port" not in str(error).lower():
             raise
-        sys.exit(fail(f"Port {options.server_port} is in use; name another with --server_port."))
+        sys.exit(fail(PORT_IN_USE.format(options.server_port) if options.server_port else one_line(error)))
 
 
 if __name__ == "__main__":

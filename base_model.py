@@ -47,7 +47,7 @@ class BaseLM:
             raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so answers would never end.")
         self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(self.ends)
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
-        marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        marks = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self.marks = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
         self._check_logits()
         self._check_cache()
@@ -139,20 +139,26 @@ class BaseLM:
 
     @torch.no_grad()
     def _check_cache(self):
-        # A state-space model ignores this cache and forgets the prompt: its cached step equals the token alone.
+        # A state-space model ignores this cache and forgets the prompt.
         first, last = torch.tensor([[self.bos, *range(5, 12)]]) % self.vocabulary, torch.tensor([[4 % self.vocabulary]])
         try:
-            whole, alone = (self.hidden(ids)[0, -1].float() for ids in (torch.cat([first, last], 1), last))
+            whole = self.hidden(torch.cat([first, last], 1))[0, -1].float()
             cache = self.new_cache()
             self.hidden(first, cache)
             step = self.hidden(last, cache)[0, -1].float()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"The model {self.name} cannot go on from a cache of keys and values ({one_line(error)[:120]}); "
                             "choose a Transformer as base model.") from None
-        noise = 4 * torch.finfo(self.head.weight.dtype).eps * whole.norm()
-        if (step - whole).norm() > max(noise, (alone - whole).norm() / 4):
+        rounding = max(1e-3, 12 * torch.finfo(self.head.weight.dtype).eps)
+        if not (step - whole).norm() <= rounding * whole.norm():
             raise UserError(f"A cached step of {self.name} differs from an uncached one, so answers would forget the question; "
                             "choose a Transformer as base model.")
+
+
+def special_tokens(tokenizer):
+    """The texts of all special tokens: those with a role, and those that the vocabulary only marks as special."""
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return marked | set(filter(None, tokenizer.all_special_tokens))
 
 
 def end_tokens(model, tokenizer):
@@ -167,7 +173,7 @@ def end_tokens(model, tokenizer):
             behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\u2e2e")[2].strip()
         except Exception:  # a template is a program; one that fails here is spoken of when it is asked for
             behind = ""
-        ends.update(tokenizer.convert_tokens_to_ids(mark) for mark in tokenizer.all_special_tokens if behind.startswith(mark))
+        ends.update(tokenizer.convert_tokens_to_ids(mark) for mark in special_tokens(tokenizer) if behind.startswith(mark))
     return {int(i) for i in ends if i is not None and 0 <= i < model.get_output_embeddings().weight.shape[0]}
 
 

@@ -104,7 +104,7 @@ def build_index(keys, factory, seed=0):
 
 
 def seen_tokens(entries):
-    """(ids (V',) of the tokens that are some entry's value, ascending; the probability of all others together).
+    """(ids (V',) of the tokens that are some entry's value, ascending; the probability of all other tokens together).
 
     That is the share of positions whose token occurs in no other example (Good 1953, over examples), and at least one
     position more than there are, so that no token is impossible.

@@ -27,17 +27,17 @@ import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
-SAMPLES = 16  # texts that the base writes for the gate
+SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate, and the most tokens of one
 SAMPLES_WEIGHT = 0.1  # of those texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
 
 
 @torch.no_grad()
 def sample_windows(base, length, seed=0):
-    """SAMPLES texts of `length` tokens (BOS is one) that the base model writes by itself, as windows: text on which it is right."""
+    """SAMPLES texts of `length` tokens, but at most SAMPLE_LENGTH, that the base writes by itself: text on which it is right."""
     generator, cache = torch.Generator().manual_seed(seed), base.new_cache()
     ids = new = torch.full((SAMPLES, 1), base.bos)
-    for _ in range(length - 1):
+    for _ in range(min(length, SAMPLE_LENGTH) - 1):
         chances = torch.softmax(base.logits(base.hidden(new, cache)[:, -1]), -1).cpu()
         new = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, new], 1)
@@ -186,12 +186,12 @@ def mix_probabilities(first, second):
         return np.logaddexp(first[:, None] + np.log1p(-ALPHAS), second[:, None] + np.log(ALPHAS))
 
 
-def perplexity(log_probabilities):
-    return float(np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64)))
-
-
 def perplexities(log_probabilities):
     return np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64))
+
+
+def perplexity(log_probabilities):
+    return float(perplexities(log_probabilities))
 
 
 def half(scores, rest):
@@ -252,7 +252,8 @@ def report_table(metrics):
 def write_report(metrics, losses, folder):
     """Write metrics.json, report.md, loss_curve.png and alpha_sweep.png."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in metrics["seconds"].items())
+    seconds = ", ".join(f"{stage} {value:.0f}{' since it went on' if stage in metrics['resumed'] else ''}"
+                        for stage, value in metrics["seconds"].items())
     (folder / "report.md").write_text(
         f"# Held-out report\n\n{report_table(metrics)}\n\n"
         f"{metrics['held_out']['positions']:,} positions reported, {metrics['chosen']['positions']:,} others to choose on; "

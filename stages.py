@@ -15,6 +15,7 @@ import torch
 from base_model import fast_bfloat16
 from command import UserError
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
+from evaluation import SAMPLE_LENGTH, SAMPLES
 from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
@@ -34,8 +35,8 @@ class Stage:
 
     def begin(self):
         """Whether there is work to do; makes the folder and starts the clock."""
+        self.resumed, self.began = self.path.exists(), time.monotonic()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.began = time.monotonic()
         return not (self / "done.json").exists()
 
     @property
@@ -43,7 +44,7 @@ class Stage:
         return json.loads((self / "done.json").read_text())
 
     def finish(self, **facts):
-        facts["seconds"] = round(time.monotonic() - self.began, 3)
+        facts |= {"seconds": round(time.monotonic() - self.began, 3), "resumed": self.resumed}
         write_atomically(self / "done.json", json.dumps(facts))
 
 
@@ -85,7 +86,7 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True):
         factory = (stages.index / "factory.txt").read_text()
     if not is_main:
         return factory
-    disk = max(0, estimate_disk(options, base, entries, factory)
+    disk = max(0, estimate_disk(options, base, entries, seen, factory)
                - sum(file.stat().st_size for stage in stages for file in stage.path.glob("*")))
     memory = estimate_memory(options, base, entries, seen, factory)
     print(f"plan: {entries:,} entries of width {base.width}, {seen:,} of {base.vocabulary:,} tokens seen; index {factory}; disk "
@@ -115,9 +116,10 @@ def index_bytes(base, entries, factory):
     return entries * (width + 8)
 
 
-def estimate_disk(options, base, entries, factory):
-    """Bytes of disk of all stages: keys, the index in its stage and published, neighbours."""
-    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(base, entries, factory)
+def estimate_disk(options, base, entries, seen, factory):
+    """Bytes of disk of all stages: keys, the index in its stage and published, neighbours, decoders and checkpoint."""
+    weights = 4 * decoder_weights(options, base, seen)  # three copies; the checkpoint, with Adam's two, is gone before the third
+    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(base, entries, factory) + 4 * weights
 
 
 def decoder_weights(options, base, seen):
@@ -167,7 +169,7 @@ def estimate_seconds(options, base, windows, held_windows, entries, seen):
     ids = torch.tensor([w.ids for w in windows[:1]])
     pace = timed(lambda: float(base.hidden(ids).sum())) / ids.numel()  # seconds a token of the base
     flop = pace / (2 * sum(p.numel() for p in base.decoder.parameters()))
-    texts, length = 16, min(256, options.max_length)  # that the base writes for the gate
+    texts, length = SAMPLES, min(SAMPLE_LENGTH, options.max_length)
     writing = length * timed(lambda: float(base.logits(base.hidden(ids[:, :1].expand(texts, 1))).sum()))
     reading = pace * sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + pace * texts * length
     positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + texts * length

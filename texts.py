@@ -27,9 +27,9 @@ class Template:
     The last field is the answer and the one before it is the question.
     """
 
-    def __init__(self, pattern, parts, tail="", is_chat=False):
-        self.pattern, self.is_chat = pattern, is_chat
-        self.parts, self.tail = [(Literal(words), field) for words, field in parts], Literal(tail)
+    def __init__(self, pattern, parts, tail=""):
+        self.pattern, self.tail = pattern, Literal(tail)
+        self.parts = [(Literal(words), field) for words, field in parts]
         self.fields = [field for _, field in parts]
         self.header = Literal(self.parts[-2:][0][0].lstrip())  # what every prompt begins with
         # What a prompt ends with (the answer brings its own first space), and what stands between two turns.
@@ -70,7 +70,7 @@ class Template:
         """The base model's chat template around two fields, without a system line that the template adds by itself."""
         ask, middle, tail, reply, between = chat_words(base) if base else [""] * 5
         question, answer = fields
-        template = cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (middle, answer)], tail, is_chat=True)
+        template = cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (middle, answer)], tail)
         template.reply, template.between = Literal(reply), Literal(between)  # to the letter
         return template
 
@@ -85,7 +85,7 @@ class Template:
         Fields before the question (a title, say) have no counterpart in a chat. They are left out with their words.
         """
         if len(self.parts) == 1:
-            return ["\n".join([*(text for turn in turns for text in turn), message])]
+            return [self.header, "\n".join([*(text for turn in turns for text in turn), message])]
         middle = self.parts[-1][0]
         text = [piece for question, answer in turns for piece in (self.header, question, middle, answer, self.between)]
         return [*text, self.header, message, self.reply]
@@ -96,12 +96,15 @@ class Template:
         return base.ends | ({base.tokenizer.convert_tokens_to_ids(mark[0])} if mark else set())
 
     def stops(self, base):
-        """Texts at which an answer ends: what begins a next field or turn, and plain words behind the answer."""
+        """Texts at which an answer ends: what begins a next field or turn, and plain words behind the answer.
+
+        A single mark, such as a full stop, may stand inside an answer too, so it ends none.
+        """
         def plain(words):
             return words.strip() and not (base.marks and base.marks.search(words))
 
         headers = {"\n" + words.strip() for words, _ in self.parts if plain(words)}
-        return sorted(headers | ({self.tail.rstrip()} if plain(self.tail) else set()))
+        return sorted(headers | ({self.tail.rstrip()} if plain(self.tail) and len(self.tail.rstrip()) > 2 else set()))
 
 
 def chat_fields(columns):
@@ -128,6 +131,8 @@ def chat_words(base):
         tail, reply = once.rpartition(a)[2], begun.partition(q)[2]
         between = twice[twice.index(a) + 1:twice.rindex(q)]  # what ends one turn and begins the next
         middle = once[once.rindex(q) + 1:once.rindex(a)]
+        if middle.startswith(reply) and middle[len(reply):].strip():  # words of the model's own, such as an empty thought
+            reply = middle
         ask = between[len(tail.rstrip()):].lstrip()
         assert between.startswith(tail.rstrip()) and middle and reply
     except Exception as error:  # a chat template is a program of its own and may fail in any way

@@ -275,15 +275,16 @@ def make_report(options, base, store, held_windows, stages, factory):
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
         decoder.save(stages.report / "memory_decoder.pt")
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
-        samples = evaluation.sample_windows(base, min(256, options.max_length), options.seed)
+        samples = evaluation.sample_windows(base, options.max_length, options.seed)
         samples = evaluation.score_positions(base, decoder, samples, options.batch_size)
-        seconds = {stage.name: stage.facts["seconds"] for stage in list(stages)[:-1]}
+        earlier = list(stages)[:-1]
+        seconds = {stage.name: stage.facts["seconds"] for stage in earlier}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, samples, temperature) | {
             "scale": float(decoder.scale), "backoff": float(decoder.backoff), "seen_tokens": len(decoder.seen),
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
-            "peak_memory_bytes": evaluation.peak_memory()}
+            "resumed": [stage.name for stage in earlier if stage.facts["resumed"]], "peak_memory_bytes": evaluation.peak_memory()}
         evaluation.write_report(metrics, stages.decoder.facts["losses"], stages.report.path)
         stages.report.finish()
     metrics = json.loads((stages.report / "metrics.json").read_text())

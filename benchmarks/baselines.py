@@ -21,14 +21,14 @@ from train_memory_decoder import epoch_batches
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
-    """A copy of the base fitted to the windows' tokens for so many seconds; the rate falls to 0 on a cosine of time.
+def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
+    """(a copy of the base fitted to the windows' tokens for so many seconds, steps, whole passes); the rate falls to 0 on a cosine.
 
-    most: end after so many steps instead, however long they take. lora: adapters of rank 16 on every linear layer, else all
-    weights. AdamW, bfloat16 where the memory's training would use it.
+    lora: adapters of rank 16 on every linear layer, else all weights. AdamW on float32 weights, bfloat16 products where the
+    memory's training would use them.
     """
     torch.manual_seed(seed)
-    model = copy.deepcopy(base.model).requires_grad_(not lora)
+    model = copy.deepcopy(base.model).float().requires_grad_(not lora)
     model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
@@ -37,9 +37,10 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
     model.train()
     while True:
         for numbers in epoch_batches(lengths, batch_size, seed, epoch):
-            share = steps / most if most else (time.monotonic() - began) / seconds
+            share = (time.monotonic() - began) / seconds
             if share >= 1:
-                return wrap(base, model.merge_and_unload() if lora else model, lora, parameters), steps, epoch
+                model = model.merge_and_unload() if lora else model
+                return BaseLM(model.to(base.head.weight.dtype), base.tokenizer, base.name), steps, epoch
             optimizer.param_groups[0]["lr"] = lr * min(1, steps / 10) * (1 + np.cos(np.pi * share)) / 2
             batch = [windows[b] for b in numbers]
             ids = pad_sequence([torch.tensor(w.ids) for w in batch], batch_first=True).to(base.device)
@@ -52,25 +53,6 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8, most=None):
             optimizer.step(), optimizer.zero_grad()
             steps += 1
         epoch += 1
-
-
-def wrap(base, model, lora, parameters):
-    """The tuned model as a BaseLM; `kept` is what it takes on disk beside the base, in bytes of bfloat16."""
-    tuned = BaseLM(model, base.tokenizer, "LoRA" if lora else "fully tuned")
-    tuned.kept = 2 * sum(p.numel() for p in parameters)
-    return tuned
-
-
-def log_probabilities(base, windows, batch_size=16):
-    """The model's log probability (P,) of every entry's next token."""
-    values, *_ = entries_of(windows)
-    parts, done = [], 0
-    for _, hidden in hidden_batches(base, windows, batch_size):
-        for part in hidden.split(4096):
-            y = torch.from_numpy(values[done:done + len(part)]).long().to(base.device)[:, None]
-            parts.append(torch.log_softmax(base.logits(part), -1).gather(1, y)[:, 0].cpu().numpy())
-            done += len(part)
-    return np.concatenate(parts)
 
 
 def score_pair(base, tuned, windows, batch_size=16):

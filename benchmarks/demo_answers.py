@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bm25s
 import torch
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,6 +66,17 @@ class Nearest:
         return self.titles[found[0, 0]], self.answers[found[0, 0]]
 
 
+class NoRepeat(NoRepeatNGramLogitsProcessor):
+    """As on the page: only the answer's own runs of tokens count, so that an answer may quote its prompt."""
+
+    def __init__(self, size, prompt):
+        super().__init__(size)
+        self.prompt = prompt
+
+    def __call__(self, ids, scores):
+        return super().__call__(ids[:, self.prompt:], scores)
+
+
 @torch.no_grad()
 def base_answers(chat, questions, temperature, no_repeat, batch_size=15):
     """The base's own answers to questions in its chat form, by transformers' generate."""
@@ -75,8 +87,9 @@ def base_answers(chat, questions, temperature, no_repeat, batch_size=15):
         longest = max(map(len, prompts))
         ids = torch.tensor([[base.eos] * (longest - len(p)) + p for p in prompts], device=base.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
-        out = base.model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=SETTINGS["top_k"],
-                                  no_repeat_ngram_size=no_repeat, max_new_tokens=SETTINGS["max_new_tokens"], pad_token_id=base.eos)
+        processors = LogitsProcessorList([NoRepeat(no_repeat, longest)] if no_repeat else [])
+        out = base.model.generate(ids, attention_mask=mask, logits_processor=processors, do_sample=True, temperature=temperature,
+                                  top_k=SETTINGS["top_k"], max_new_tokens=SETTINGS["max_new_tokens"], pad_token_id=base.eos)
         answers += base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return answers
 

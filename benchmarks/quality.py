@@ -61,9 +61,11 @@ def main():
                                         *(word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))), *more])
         script.run(options)
         metrics = json.loads((folder / "metrics.json").read_text())
+        if metrics["resumed"]:
+            sys.exit(f"{folder} was made in several runs, so its seconds are not known; delete it and start again.")
         seconds = sum(value for stage, value in metrics["seconds"].items() if stage != "report")
         base = BaseLM.load(given.base_model, options.dtype, options.device)
-        samples = evaluation.sample_windows(base, min(256, options.max_length), seed)
+        samples = evaluation.sample_windows(base, options.max_length, seed)
         results.append({name: metrics["held_out"][name] for name in COLUMNS} | tuned(base, options, seconds, samples)
                        | {"seconds": seconds})
     print(f"\n| {len(results)} seeds, {given.base_model} | mean | least | most | of the base's |\n|---|---:|---:|---:|---:|")

@@ -142,7 +142,8 @@ def learned(base, windows, steps=25):
 
 
 @pytest.mark.parametrize("positions_at_once", [10_000, 7])
-def test_calibration_chooses_the_best_scale_and_leaves_the_backoff(base, held_windows, keys_and_store, monkeypatch, positions_at_once):
+def test_calibration_chooses_the_best_scale_and_leaves_the_backoff(
+        base, held_windows, keys_and_store, monkeypatch, positions_at_once):
     known = windows_of(base, keys_and_store[1].rows, TEMPLATE, LENGTH)[:4]
     decoder, windows, table = learned(base, known), [known[0], held_windows[0], held_windows[-1]], {}
     for scale in evaluation.SCALES.tolist():
@@ -279,7 +280,8 @@ def test_neighbours_that_never_hit_are_given_no_weight():
 
 @pytest.fixture
 def metrics():
-    measured = {"entries": 12_345, "k": 8, "seconds": {"datastore": 1.4, "decoder": 22.6}, "peak_memory_bytes": 3 * 2**30}
+    measured = {"entries": 12_345, "k": 8, "seconds": {"datastore": 1.4, "decoder": 22.6}, "resumed": ["decoder"],
+                "peak_memory_bytes": 3 * 2**30}
     return summary_of(random_scores()) | measured
 
 
@@ -289,7 +291,8 @@ def test_the_report_is_four_files_that_say_what_was_measured(metrics, losses, tm
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"}
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     report = (tmp_path / "report.md").read_text()
-    for said in ("12,345 entries", "K 8", "datastore 1, decoder 23", "3.00 GiB", "(loss_curve.png)", "(alpha_sweep.png)"):
+    for said in ("12,345 entries", "K 8", "datastore 1, decoder 23 since it went on.", "3.00 GiB", "(loss_curve.png)",
+                 "(alpha_sweep.png)"):
         assert said in report
     for name in ("loss_curve.png", "alpha_sweep.png"):
         picture = matplotlib.image.imread(tmp_path / name)

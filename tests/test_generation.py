@@ -155,7 +155,7 @@ def test_the_memory_skips_the_states_of_the_header(base, pattern):
     template, decoder = Template.parse(pattern, base), make_decoder(context=50)
     model, prompt = MemoryAugmentedLM(base, decoder, template), template.prompt("Why?")
     step = next(model.stream(prompt, 1, temperature=0))
-    skip = len(base.encode([Literal("<turn>user\n" if template.is_chat else "Question:")]))
+    skip = len(base.encode([Literal("<turn>user\n" if template.pattern.startswith("chat") else "Question:")]))
     hidden = base.hidden(torch.tensor([base.encode(prompt)]))
     memory, all_states = (memory_of(base, decoder, hidden, n)[-1] for n in (skip, 0))
     assert step.memory == pytest.approx(memory.exp()[step.token].item(), rel=1e-3)

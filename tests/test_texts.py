@@ -61,7 +61,7 @@ def literals(parts):
 def test_a_template_fills_its_fields_and_strips_them():
     text = TEMPLATE.render({"Title": " a ", "Question": "b\n", "Answer": 7})
     assert text_of(text) == "Title: a\nQuestion: b\nAnswer: 7"
-    assert TEMPLATE.fields == ["Title", "Question", "Answer"] and not TEMPLATE.is_chat
+    assert TEMPLATE.fields == ["Title", "Question", "Answer"]
 
 
 def test_only_the_templates_own_words_are_literals():
@@ -162,7 +162,7 @@ def test_chat_rows_are_those_of_the_models_own_template_up_to_the_end_of_turn(ba
 def test_chat_finds_question_and_answer_whatever_their_case(base, columns):
     template = Template.parse("chat", base, columns)
     assert [name.lower() for name in template.fields] == ["question", "answer"] and set(template.fields) <= set(columns)
-    assert template.is_chat and Template.parse(template.pattern, base).fields == template.fields
+    assert Template.parse(template.pattern, base).fields == template.fields
     assert Template.parse("chat", columns=columns).fields == template.fields  # before there is a model
 
 
@@ -188,7 +188,7 @@ def test_chat_for_a_model_without_a_chat_template_is_refused(base, tiny_gemma, t
 
 def test_the_word_chat_in_an_ordinary_template_is_a_word(base):
     template = Template.parse("chat about {q}\nreply: {a}", base)
-    assert not template.is_chat and text_of(template.render(QA)).startswith("chat about May I")
+    assert text_of(template.render(QA)).startswith("chat about May I")
 
 
 @pytest.mark.parametrize("length", [5, 31, 32, 33, 80, 200])
