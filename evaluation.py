@@ -53,18 +53,17 @@ def calibrate(base, decoder, windows, batch_size=16):
     """
     decoder = decoder.to(base.device).eval()
     values, _, _, offsets = entries_of(windows)
-    places = torch.full((base.vocabulary,), -1, device=base.device)
-    places[decoder.seen] = torch.arange(len(decoder.seen), device=base.device)
-    rows, total = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), torch.zeros(len(SCALES), dtype=torch.float64)
+    places = torch.full((base.vocabulary,), -1)
+    places[decoder.seen.cpu()] = torch.arange(len(decoder.seen))
+    y = places[torch.from_numpy(values).long()].to(base.device)  # -1: an unseen token, whose probability no scale changes
+    rows, total = max(1, LOGITS_AT_ONCE // 8 // len(decoder.seen)), torch.zeros(len(SCALES), dtype=torch.float64)
     for first, hidden in hidden_batches(base, windows, batch_size):
         features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
-        y = torch.from_numpy(values[offsets[first]:offsets[first] + len(hidden)]).long().to(base.device)[:, None]
-        for block in (slice(i, i + rows) for i in range(0, len(y), rows)):
-            z, place = decoder.output_projection(features[block]), places[y[block]]
-            rest = torch.log_softmax(base.logits(hidden[block]), -1).gather(1, y[block])[:, 0] + decoder.backoff.log()
+        target = y[offsets[first]:offsets[first] + len(hidden)]
+        for f, t in zip(features[target >= 0].split(rows), target[target >= 0].split(rows), strict=True):
+            z = decoder.output_projection(f)
             for number, scale in enumerate(SCALES.tolist()):
-                own = torch.log_softmax(scale * z, -1).gather(1, place.clamp_min(0)) + torch.log1p(-decoder.backoff)
-                total[number] += torch.logaddexp(own.masked_fill(place < 0, -math.inf)[:, 0], rest).double().sum().cpu()
+                total[number] += torch.log_softmax(scale * z, -1).gather(1, t[:, None]).double().sum().cpu()
     decoder.scale.fill_(float(SCALES[int(total.argmax())]))
 
 
@@ -109,9 +108,8 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
 def sweep_logits(base_logits, memory, targets, seen, backoff):
     """Log probability (P, A) of the targets (P, 1) under the blend of logits at every alpha.
 
-    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). An unseen token's memory is the base's
-    probability times backoff, so under any alpha its blend is its base log probability plus one constant: only the seen
-    tokens are made anew.
+    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). The memory gives all unseen tokens the
+    base's log probability plus one constant, so under any alpha only the seen tokens are made anew.
     """
     base = torch.log_softmax(base_logits, -1)
     b, m = base[:, seen], memory[:, seen]
@@ -122,7 +120,7 @@ def sweep_logits(base_logits, memory, targets, seen, backoff):
     for alpha in ALPHAS.tolist():
         total = torch.lerp(b, m, alpha).logsumexp(-1)
         if not every:
-            total = torch.logaddexp(total, unseen + alpha * math.log(backoff))
+            total = torch.logaddexp(total, (1 - alpha) * unseen + alpha * math.log(backoff))
         columns.append((1 - alpha) * target_b + alpha * target_m - total)
     return torch.stack(columns, 1)
 

@@ -100,8 +100,8 @@ class MemoryDecoder(nn.Module):
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> features (B, T, C) -> output
     projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. seen: token ids (V',).
-    backoff: the share of its probability that the memory leaves to the base, for tokens that no entry holds. With
-    context=1 every position is read alone, as in the original demo.
+    backoff: the share of its probability that the memory leaves to the base, for the tokens that no entry holds, if there are
+    any. With context=1 every position is read alone, as in the original demo.
     """
 
     def __init__(self, hidden_size, vocab_size, seen, backoff=0.0, decoder_dim=256, num_layers=6, num_heads=32,
@@ -130,15 +130,14 @@ class MemoryDecoder(nn.Module):
     def log_probabilities(self, features, base_logits):
         """The memory's log probabilities (..., V), from features (..., C) and the base's logits (..., V).
 
-        p_memory(v) = (1 - backoff) softmax(scale * z)(v) + backoff * p_base(v), where z holds seen tokens only: a kNN
-        distribution has no mass elsewhere. So n-gram models back off to a background (Jelinek and Mercer 1980).
+        Seen tokens share 1 - backoff as softmax(scale * z) says. The unseen ones, which no kNN distribution can name, share
+        backoff as the base says. So n-gram models back off to a smaller one (Katz 1987).
         """
         own = torch.log_softmax(self.scale * self.output_projection(features), -1)
-        if not self.backoff:
-            assert len(self.seen) == self.sizes["vocab_size"]
+        if len(self.seen) == self.sizes["vocab_size"]:
             return torch.empty_like(base_logits).index_copy_(-1, self.seen, own)
-        rest = torch.log_softmax(base_logits, -1) + self.backoff.log()
-        return rest.index_copy(-1, self.seen, torch.logaddexp(own + torch.log1p(-self.backoff), rest[..., self.seen]))
+        unseen = torch.log_softmax(base_logits.index_fill(-1, self.seen, -math.inf), -1) + self.backoff.log()
+        return unseen.index_copy_(-1, self.seen, own + torch.log1p(-self.backoff))
 
     @torch.no_grad()
     def start_from_head(self, head, keys):

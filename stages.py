@@ -63,7 +63,7 @@ class Stages:
                                                    words, values("max_length", "positions")])
         self.index = Stage(root, "index", values("index", "seed"), self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
-        self.decoder = Stage(root, "decoder", ["seen tokens, backoff", values(
+        self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
         self.report = Stage(root, "report", [digest(held), "scale"], self.decoder)

@@ -271,7 +271,7 @@ def make_report(options, base, store, held_windows, stages, factory):
         trained_with = temperature = training_temperature(options, stages.neighbours)
         if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
             temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
-        if decoder.backoff:
+        if options.head_init == "base":
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
         decoder.save(stages.report / "memory_decoder.pt")
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)

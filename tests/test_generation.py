@@ -16,8 +16,7 @@ PROMPT = QA.prompt("May I keep a goat?")
 END = SPECIAL.index("<end>")
 
 
-@pytest.fixture(scope="module", ids=["some seen", "all seen", "no backoff"],
-                params=[{"backoff": 0.2}, {"seen": range(512), "backoff": 0.2}, {"seen": range(512), "backoff": 0.0}])
+@pytest.fixture(scope="module", ids=["some seen", "all seen"], params=[{"backoff": 0.2}, {"seen": range(512)}])
 def any_decoder(request):
     return make_decoder(context=6, **request.param)
 

@@ -73,8 +73,8 @@ def test_the_loss_in_training_is_the_dense_one_over_the_real_positions():
     torch.testing.assert_close(torch.autograd.grad(loss, learned), torch.autograd.grad(expected[0], learned), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("seen", "backoff"), [(range(2, 512, 3), 0.03), ([7], 0.3), (range(512), 0.2), (range(512), 0.0)])
-def test_the_memory_mixes_its_own_opinion_of_seen_tokens_with_the_bases_of_all(base, seen, backoff):
+@pytest.mark.parametrize(("seen", "backoff"), [(range(2, 512, 3), 0.03), ([7], 0.3), (range(1, 512), 0.5), (range(512), 0.0)])
+def test_the_memory_has_its_own_opinion_of_seen_tokens_and_the_bases_of_the_others(base, seen, backoff):
     decoder, hidden = make_decoder(seen=seen, backoff=backoff), base.hidden(torch.randint(6, 512, (1, 5)))
     decoder.scale.fill_(0.7)
     base_logits, features = base.logits(hidden), decoder.features(hidden)
@@ -82,17 +82,11 @@ def test_the_memory_mixes_its_own_opinion_of_seen_tokens_with_the_bases_of_all(b
     torch.testing.assert_close(fast.exp().sum(-1), torch.ones(1, 5))
     for t in range(5):
         own = [math.exp(0.7 * z) for z in decoder.output_projection(features)[0, t].tolist()]
-        rest = [math.exp(z) for z in base_logits[0, t].tolist()]
-        slow = [backoff * weight / sum(rest) for weight in rest]
+        rest = [0 if token in seen else math.exp(z) for token, z in enumerate(base_logits[0, t].tolist())]
+        slow = [backoff * weight / (sum(rest) or 1) for weight in rest]
         for token, weight in zip(seen, own, strict=True):
-            slow[token] += (1 - backoff) * weight / sum(own)
+            slow[token] = (1 - backoff) * weight / sum(own)
         torch.testing.assert_close(fast[0, t].exp(), torch.tensor(slow), atol=1e-6, rtol=1e-3)
-
-
-def test_a_decoder_without_backoff_has_to_have_seen_every_token():
-    decoder = make_decoder(seen=range(511), backoff=0.0)
-    with pytest.raises(AssertionError):
-        decoder.log_probabilities(torch.randn(2, 32), torch.randn(2, 512))
 
 
 def started(base, **sizes):
@@ -287,8 +281,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_in_words():
 
 
 def test_a_saved_decoder_comes_back_the_same(tmp_path):
-    decoder, hidden = make_decoder(context=3, norm_first=False), torch.randn(1, 6, 32)
-    decoder.scale.fill_(0.4), decoder.backoff.fill_(0.3)  # as calibrate does
+    decoder, hidden = make_decoder(context=3, norm_first=False, backoff=0.3), torch.randn(1, 6, 32)
+    decoder.scale.fill_(0.4)  # as calibrate does
     decoder.save(tmp_path / "decoder.pt")
     loaded, base_logits = MemoryDecoder.load(tmp_path / "decoder.pt"), torch.randn(1, 6, 512)
     assert loaded.sizes == decoder.sizes and loaded.seen.tolist() == decoder.seen.tolist() and not loaded.training
