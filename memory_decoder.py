@@ -52,23 +52,31 @@ def local_attention(q, k, v, context):
     """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D), themselves included.
 
     Query t stands at position S - T + t; returns q's shape. A long sequence is cut into blocks, each of which looks at
-    itself and the block before, so scores grow with T and not with T x S. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1.
+    itself and at the blocks before that it can reach, so scores grow with T and not with T x S. Beltagy et al. 2020
+    (arXiv 2004.05150), section 3.1.
     """
     B, heads, T, D = q.shape
-    before, size = k.shape[2] - T, max(context, LEAST_BLOCK)
+    before, size = k.shape[2] - T, block_size(context)
+    reach = -(-(context - 1) // size)  # blocks before its own
     count, absent = -(-T // size), 0  # absent: positions in front of the first block that hold no key
-    if count == 1:
+    if count == 1 or (reach + 1) * size >= k.shape[2]:
+        count = 1
         q, k, v = (x.reshape(B * heads, 1, -1, D) for x in (q, k, v))
     else:
-        absent, before, after = size - before, size, count * size - T
+        absent, before, after = reach * size - before, reach * size, count * size - T
         q = F.pad(q, (0, 0, 0, after)).reshape(B * heads, count, size, D)
-        k, v = (F.pad(x, (0, 0, absent, after)).reshape(B * heads, count + 1, size, D) for x in (k, v))
-        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2) for x in (k, v))
+        k, v = (F.pad(x, (0, 0, absent, after)).reshape(B * heads, reach + count, size, D) for x in (k, v))
+        k, v = (torch.cat([x[:, i:i + count] for i in range(reach + 1)], 2) for x in (k, v))
     key = torch.arange(k.shape[2], device=q.device)
     ago = before + torch.arange(q.shape[2], device=q.device)[:, None] - key
     start = size * torch.arange(count, device=q.device)[:, None, None]
     seen = (ago >= 0) & (ago < context) & (start + key >= absent)  # (count, queries of a block, keys)
     return attend(q, k, v, seen).reshape(B, heads, -1, D)[:, :, :T]
+
+
+def block_size(context):
+    """Positions in a block of attention: few, since a block reads up to one block more than `context`."""
+    return max(context // 4, LEAST_BLOCK)
 
 
 def attend(q, k, v, seen):

@@ -16,7 +16,7 @@ from base_model import fast_bfloat16
 from command import UserError
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
 from evaluation import SAMPLE_LENGTH, SAMPLES
-from memory_decoder import LEAST_BLOCK, LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss
+from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
 SCORING_SECONDS = 25e-9  # of one token's logit under all that is compared
@@ -130,7 +130,7 @@ def decoder_weights(options, base, seen):
 def estimate_memory(options, base, entries, seen, factory):
     """Bytes of memory beside the base model that the hungriest stage takes."""
     positions = options.batch_size * options.max_length
-    reach = min(options.max_length, 2 * max(options.context, LEAST_BLOCK))  # keys that a block of attention scores
+    reach = min(options.max_length, options.context + 2 * block_size(options.context))  # keys that a block of attention scores
     scores = min(SCORES_AT_ONCE, positions * 32 * reach)  # of one layer; six are kept
     learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
                 + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))

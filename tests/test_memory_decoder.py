@@ -210,7 +210,8 @@ def test_attention_is_the_same_in_whichever_way_it_is_worked_out(monkeypatch, co
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize(("T", "S", "context"), [(1, 1, 3), (1, 3, 3), (9, 9, 1), (9, 9, 3), (8, 12, 5), (13, 13, 6), (5, 5, 40)])
+@pytest.mark.parametrize(("T", "S", "context"), [(1, 1, 3), (1, 3, 3), (9, 9, 1), (9, 9, 3), (8, 12, 5), (13, 13, 6), (5, 5, 40),
+                                                (60, 60, 21), (60, 75, 16), (90, 120, 33)])
 def test_attention_equals_a_loop_over_what_each_position_sees(monkeypatch, way, T, S, context):
     take(way, monkeypatch)
     q, k, v = torch.randn(2, 3, T, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8)
