@@ -66,7 +66,7 @@ class Stages:
         self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
-        self.report = Stage(root, "report", [digest(held), "scale"], self.decoder)
+        self.report = Stage(root, "report", [digest(held), "scale; gate with stored texts"], self.decoder)
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
@@ -171,12 +171,12 @@ def estimate_seconds(options, base, windows, held_windows, entries, seen):
     flop = pace / (2 * sum(p.numel() for p in base.decoder.parameters()))
     texts, length = SAMPLES, min(SAMPLE_LENGTH, options.max_length)
     writing = length * timed(lambda: float(base.logits(base.hidden(ids[:, :1].expand(texts, 1))).sum()))
-    reading = pace * sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + pace * texts * length
-    positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + texts * length
+    tokens = sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + 2 * texts * length
+    positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + 2 * texts * length
     scoring = positions * base.vocabulary * (2 * base.width * flop + SCORING_SECONDS)
     if entries <= FLAT_LIMIT:
         searching = 2 * base.width * entries * (entries + positions) * flop
     else:
         searching = 2 * base.width * entries / PROBED * (entries + positions) / (SCAN_PACE * torch.get_num_threads())
     learning = options.num_epochs * -(-len(windows) // options.batch_size) * step_seconds(options, base, windows, seen)
-    return reading + searching + learning + scoring + writing
+    return pace * tokens + searching + learning + scoring + writing

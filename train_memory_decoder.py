@@ -264,7 +264,7 @@ def load_checkpoint(stage, decoder, optimizer, schedule, total):
     return state["step"], state["losses"]
 
 
-def make_report(options, base, store, held_windows, stages, factory):
+def make_report(options, base, store, windows, held_windows, stages, factory):
     """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, prints the table, returns the metrics."""
     if stages.report.begin():
         decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
@@ -275,16 +275,17 @@ def make_report(options, base, store, held_windows, stages, factory):
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
         decoder.save(stages.report / "memory_decoder.pt")
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
-        samples = evaluation.sample_windows(base, options.max_length, options.seed)
-        samples = evaluation.score_positions(base, decoder, samples, options.batch_size)
+        clear = [evaluation.score_positions(base, decoder, part, options.batch_size)
+                 for part in evaluation.clear_windows(base, windows, options.max_length, options.seed)]
         earlier = list(stages)[:-1]
         seconds = {stage.name: stage.facts["seconds"] for stage in earlier}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
-        metrics = evaluation.summarise(scores, samples, temperature) | {
+        metrics = evaluation.summarise(scores, clear, temperature) | {
             "scale": float(decoder.scale), "backoff": float(decoder.backoff), "seen_tokens": len(decoder.seen),
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
-            "resumed": [stage.name for stage in earlier if stage.facts["resumed"]], "peak_memory_bytes": evaluation.peak_memory()}
+            "resumed": [stage.name for stage in earlier if stage.facts.get("resumed")],
+            "peak_memory_bytes": evaluation.peak_memory()}
         evaluation.write_report(metrics, stages.decoder.facts["losses"], stages.report.path)
         stages.report.finish()
     metrics = json.loads((stages.report / "metrics.json").read_text())
@@ -359,7 +360,7 @@ def run(options):
         train_decoder(options, base, keys, entries, stages, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        metrics = make_report(options, base, store, held_windows, stages, factory)
+        metrics = make_report(options, base, store, windows, held_windows, stages, factory)
         publish(options, base, template, metrics, stages, output)
         flags = "" if options.output_dir == "trained_models" else f" --model_dir {shlex.quote(str(output))}"
         print(f"\nsaved in {output}; chat with it: python app.py{' --demo' if options.output_dir == DEMO['output_dir'] else flags}")

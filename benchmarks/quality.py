@@ -30,18 +30,18 @@ RATES = {"LoRA": 1e-3, "full tuning": 1e-4}
 COLUMNS = ("base", "knn_lm", "memory", "blend_logits", "blend_probabilities", "blend_auto")
 
 
-def tuned(base, options, seconds, samples):
+def tuned(base, options, seconds):
     """{name: perplexity} of LoRA and full tuning, alone and mixed with the base by a gate as the memory is."""
     template, rows, held = script.read_data(options)
     template = Template.parse(template.pattern, base)
     windows, held = (windows_of(base, part, template, options.max_length) for part in (rows, held))
-    found = {}
+    found, clear = {}, evaluation.clear_windows(base, windows, options.max_length, options.seed)
     for name, rate in RATES.items():
         model, steps, passes = baselines.tune(base, windows, seconds, rate, name == "LoRA", options.seed)
-        scores, own = (baselines.score_pair(base, model, part) for part in (held, samples))
+        scores, *known = (baselines.score_pair(base, model, part) for part in (held, *clear))
         odd, evidence = scores["example"] % 2 == 1, evaluation.evidence_before(scores)
         gate = evaluation.fit_gate([(evaluation.half(scores, 0), evidence[~odd], 1),
-                                    (own, evaluation.evidence_before(own), evaluation.SAMPLES_WEIGHT)])
+                                    *((part, evaluation.evidence_before(part), evaluation.SAMPLES_WEIGHT) for part in known)])
         mixed, _ = evaluation.gated(gate, evaluation.half(scores, 1), evidence[odd])
         found |= {name: evaluation.perplexity(scores["memory"][odd]), f"{name}, automatic alpha": evaluation.perplexity(mixed)}
         print(f"{name}: {steps} steps, {passes} whole passes, {found[name]:.2f}", flush=True)
@@ -65,8 +65,7 @@ def main():
             sys.exit(f"{folder} was made in several runs, so its seconds are not known; delete it and start again.")
         seconds = sum(value for stage, value in metrics["seconds"].items() if stage != "report")
         base = BaseLM.load(given.base_model, options.dtype, options.device)
-        samples = evaluation.sample_windows(base, options.max_length, seed)
-        results.append({name: metrics["held_out"][name] for name in COLUMNS} | tuned(base, options, seconds, samples)
+        results.append({name: metrics["held_out"][name] for name in COLUMNS} | tuned(base, options, seconds)
                        | {"seconds": seconds})
     print(f"\n| {len(results)} seeds, {given.base_model} | mean | least | most | of the base's |\n|---|---:|---:|---:|---:|")
     for name in results[0]:

@@ -2,14 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
+import httpx
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -69,6 +72,12 @@ def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):
     return decoder.eval()
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_gemma(tmp_path_factory):
     return make_tiny_gemma(tmp_path_factory.mktemp("tiny_gemma"))
@@ -76,7 +85,7 @@ def tiny_gemma(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(tiny_gemma):
-    return BaseLM.load(str(tiny_gemma), device="cpu")
+    return BaseLM.load(str(tiny_gemma), "float32", "cpu")  # auto would be bfloat16 on some CPUs
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +103,9 @@ def run_script(name, *arguments, timeout=300):
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
-SMALL = ("--device", "cpu", "--decoder_dim", "32", "--k", "8", "--num_epochs", "2", "--batch_size", "8", "--max_length", "96")
+SIZES = ("--device", "cpu", "--dtype", "float32", "--decoder_dim", "32", "--k", "8", "--num_epochs", "2", "--batch_size", "8",
+         "--max_length", "96")
+SMALL = (*SIZES, "--context", "16", "--decoder_lr", "1e-2")  # so high a rate that two passes over few rows teach something
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +115,30 @@ def trained(tmp_path_factory, tiny_gemma, rows_file):
     done = run_script("train_memory_decoder.py", "--base_model", tiny_gemma, "--dataset", rows_file, "--output_dir", folder, *SMALL)
     assert done.code == 0, done.err
     return folder
+
+
+@pytest.fixture(scope="session")
+def address(trained, tmp_path_factory):
+    """Where `app.py --model_dir` serves the trained folder, started as a user would, for all tests that visit or call it."""
+    log = tmp_path_factory.mktemp("app") / "log.txt"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--model_dir", str(trained), "--server_port", str(port), "--device", "cpu"]
+    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_for(process, f"http://127.0.0.1:{port}/", log)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.kill()
+
+
+def wait_for(process, address, log):
+    give_up = time.monotonic() + 240
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < give_up, f"app.py does not answer: {log.read_text()}"
+        try:
+            return httpx.get(address, timeout=5).raise_for_status()
+        except httpx.HTTPError:
+            time.sleep(0.2)

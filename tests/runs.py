@@ -2,24 +2,19 @@
 
 import hashlib
 import json
-import socket
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+from conftest import SMALL
 
 import train_memory_decoder as script
 
 
-def command_line(base_model, dataset, folder, *more):
+def command_line(base_model, dataset, folder, *more, small=SMALL):
     """The arguments of a small training into a folder; what is added wins."""
-    return [str(part) for part in ("--base_model", base_model, "--dataset", dataset, "--output_dir", folder, *SMALL, *more)]
+    return [str(part) for part in ("--base_model", base_model, "--dataset", dataset, "--output_dir", folder, *small, *more)]
 
 
 def train_six(base_model, dataset, folder, *more):
@@ -78,29 +73,3 @@ def failure_of(main, name, arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main()
     return the_error(stopped.value.code, capsys.readouterr().err)
-
-
-@contextmanager
-def running_app(folder, log):
-    """The address of `app.py --model_dir folder`, started as a user would and killed at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--model_dir", str(folder), "--server_port", str(port), "--device", "cpu"]
-    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process:
-        try:
-            wait_for(process, f"http://127.0.0.1:{port}/", log)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            process.kill()
-
-
-def wait_for(process, address, log):
-    give_up = time.monotonic() + 240
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < give_up, f"app.py does not answer: {log.read_text()}"
-        try:
-            return httpx.get(address, timeout=5).raise_for_status()
-        except httpx.HTTPError:
-            time.sleep(0.2)

@@ -1,5 +1,6 @@
 """The frozen base model: loading and its errors, token ids, end tokens, logits, GGUF files and the demo's package."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, SPECIAL, make_tiny_gemma
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -69,6 +71,15 @@ def test_special_names_in_a_literal_are_marks_and_in_strings_letters(base):
     assert [i for i in ids if i < len(SPECIAL)] == [BOS, TURN, END]
     assert base.tokenizer.decode(ids) == "<bos><turn>user\nIs <end> a <turn>?<end>\n"
     assert base.encode("<turn>") != base.encode(Literal("<turn>")) == [BOS, TURN]
+
+
+def test_a_token_that_the_vocabulary_only_marks_as_special_is_a_mark_too(base, tokenizer):
+    tokenizer.add_tokens([AddedToken("<tool>", special=True)])
+    assert "<tool>" not in tokenizer.all_special_tokens  # it has no role
+    model = BaseLM(base.model, tokenizer)
+    tool = tokenizer.convert_tokens_to_ids("<tool>")
+    assert model.encode(Literal("<tool>Why?")) == [BOS, tool, *base.encode("Why?")[1:]]
+    assert model.encode("<tool>Why?") == base.encode("<tool>Why?") and tool not in base.encode("<tool>Why?")
 
 
 def test_a_name_that_is_half_literal_and_half_string_is_letters(base):
@@ -129,6 +140,36 @@ def test_a_model_that_ignores_the_cache_is_refused(tmp_path, tokenizer):
     assert "choose a Transformer as base model" in refusal(str(tmp_path))
 
 
+def forgets(hidden, ids, cache):
+    return hidden(ids)
+
+
+def gives_no_number(hidden, ids, cache):
+    return hidden(ids, cache) * torch.nan
+
+
+def raises(hidden, ids, cache):
+    raise RuntimeError("no keys and\nvalues here")
+
+
+@pytest.mark.parametrize(("cached", "said"), [
+    (forgets, "differs from an uncached one"), (gives_no_number, "differs from an uncached one"),
+    (raises, r"cannot go on from a cache .*\(no keys and values here\)")])
+def test_a_model_whose_cached_step_is_wrong_is_refused_in_words(base, monkeypatch, cached, said):
+    real = BaseLM.hidden
+    monkeypatch.setattr(BaseLM, "hidden", lambda self, ids, cache=None: real(self, ids) if cache is None
+                        else cached(lambda *a: real(self, *a), ids, cache))
+    with pytest.raises(UserError, match=said) as error:
+        BaseLM(base.model, base.tokenizer, "x")
+    assert "choose a Transformer as base model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_rounding_of_bfloat16_is_not_refused(any_base, base):
+    for model in (any_base, base):
+        low = BaseLM(copy.deepcopy(model.model).bfloat16(), base.tokenizer)
+        assert low.model.dtype == torch.bfloat16
+
+
 def test_a_model_that_scales_its_logits_behind_the_head_is_refused(base):
     BaseLM(make_model(GraniteForCausalLM, GraniteConfig, logits_scaling=1.0), base.tokenizer)
     with pytest.raises(UserError, match="choose another base model"):
@@ -174,7 +215,7 @@ def test_a_model_whose_answers_would_never_end_is_refused(tokenizer):
 
 def test_models_are_told_apart_by_their_weights_and_not_by_their_dtype(tiny_gemma, base, tmp_path):
     same = BaseLM.load(str(tiny_gemma), dtype="bfloat16", device="cpu")
-    other = BaseLM.load(str(make_tiny_gemma(tmp_path, seed=1)), device="cpu")
+    other = BaseLM.load(str(make_tiny_gemma(tmp_path, seed=1)), "float32", "cpu")
     assert same.model.dtype == torch.bfloat16 != base.model.dtype
     assert same.fingerprint == base.fingerprint != other.fingerprint
 
@@ -263,8 +304,8 @@ NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
          "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 
 
-def write_gguf(path, model, without=""):
-    """Write the model as a GGUF file, but for the weight named `without`."""
+def write_gguf(path, model, without="", quantization=None, template=None, eos=2):
+    """Write the model as a GGUF file, but for the weight named `without`; `quantization` is of all matrices."""
     config, writer = model.config, GGUFWriter(path, "llama")
     for add, value in ((writer.add_context_length, config.max_position_embeddings), (writer.add_vocab_size, len(TOKENS)),
                        (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
@@ -273,8 +314,10 @@ def write_gguf(path, model, without=""):
                        (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_dimension_count, config.head_dim),
                        (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "smollm"),
                        (writer.add_token_list, TOKENS), (writer.add_token_types, [3] * 3 + [1] * (len(TOKENS) - 3)),
-                       (writer.add_token_merges, MERGES), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
+                       (writer.add_token_merges, MERGES), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, eos)):
         add(value)
+    if template:
+        writer.add_chat_template(template)
     for name, weight in model.named_parameters():
         name, weight = name.removesuffix(".weight"), weight.detach().numpy()
         if name.startswith("model.layers."):
@@ -284,7 +327,8 @@ def write_gguf(path, model, without=""):
                 weight = weight.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(weight.shape)
             name = f"blk.{number}.{NAMES[part]}"
         if NAMES.get(name, name) != without:
-            writer.add_tensor(f"{NAMES.get(name, name)}.weight", np.ascontiguousarray(weight))
+            weight, kind = np.ascontiguousarray(weight), quantization if weight.ndim == 2 else None
+            writer.add_tensor(f"{NAMES.get(name, name)}.weight", quantize(weight, kind) if kind else weight, raw_dtype=kind)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
@@ -316,6 +360,27 @@ def test_a_gguf_file_opens_as_the_model_that_it_was_written_from(gguf_file, tiny
     assert loaded.name == str(gguf_file) and (loaded.bos, loaded.eos) == (1, 2)
     pieces = loaded.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert pieces[:7] == ["<|im_start|>", "t", "h", "e", "Ġ", "1", "2"] and pieces[-6:] == ["n", "Ġthe", "Ġ", "h", "a", "t"]
+
+
+QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_a_quantized_gguf_file_keeps_its_weights_to_the_last_bit_and_its_chat_template(tmp_path, tiny_llama, cache, name):
+    kind = GGMLQuantizationType[name]
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama, quantization=kind, template=QWEN_TEMPLATE, eos=0)
+    loaded = BaseLM.load(str(tmp_path / "tiny.gguf"), "bfloat16", "cpu")
+    expected = dict(tiny_llama.named_parameters())
+    assert loaded.model.dtype == torch.bfloat16
+    for weight_name, weight in loaded.model.named_parameters():
+        exact = expected[weight_name].detach()
+        if exact.ndim == 2:  # the turning of queries and keys moves whole rows, and blocks lie within rows
+            exact = torch.from_numpy(dequantize(quantize(exact.numpy(), kind), kind))
+            assert not torch.equal(exact, expected[weight_name])
+        assert torch.equal(weight, exact.bfloat16()), weight_name
+    assert loaded.tokenizer.chat_template == QWEN_TEMPLATE
+    assert loaded.ends == {0, TOKENS.index("<|im_end|>")}  # the second only ends a turn
 
 
 def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):

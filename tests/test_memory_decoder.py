@@ -99,7 +99,7 @@ def started(base, **sizes):
 
 def test_a_decoder_as_wide_as_the_base_starts_with_the_bases_own_opinion(base):
     decoder, keys, expected = started(base, decoder_dim=32)
-    # LayerNorm fixes the length of the whitened state, so the copy is close and not exact.
+    # LayerNorm fixes the length of the projected state, so the copy is close and not exact.
     gap = F.kl_div(torch.log_softmax(read_logits(decoder, keys[None])[0], -1), expected, log_target=True, reduction="batchmean")
     flat = F.kl_div(torch.full_like(expected, -math.log(len(decoder.seen))), expected, log_target=True, reduction="batchmean")
     assert gap < 0.1 * flat
@@ -259,8 +259,8 @@ def test_context_one_reads_every_position_alone_and_a_longer_one_does_not():
 def test_a_file_of_another_shape_is_refused_in_words(tmp_path):
     make_decoder().save(tmp_path / "decoder.pt")
     saved = torch.load(tmp_path / "decoder.pt", weights_only=True)
-    older = [*({"sizes": {**saved["sizes"], name: 1}, "weights": saved["weights"]} for name in ("topic", "unseen_share")),
-             {"sizes": saved["sizes"], "weights": {**saved["weights"], "topic.map": torch.zeros(32, 8)}},
+    older = [{"sizes": {**saved["sizes"], "another": 1}, "weights": saved["weights"]},
+             {"sizes": saved["sizes"], "weights": {**saved["weights"], "another.weight": torch.zeros(32, 8)}},
              *({"sizes": saved["sizes"], "weights": {k: v for k, v in saved["weights"].items() if k != name}}
                for name in ("seen", "backoff")),
              {"sizes": {**saved["sizes"], "decoder_dim": 64}, "weights": saved["weights"]}, {"weights": saved["weights"]}]

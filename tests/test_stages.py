@@ -62,6 +62,15 @@ def test_a_stage_is_done_once_it_says_so(tmp_path):
     assert [path.name for path in again.path.iterdir()] == ["done.json"]
 
 
+def test_a_stage_that_was_begun_before_says_so(tmp_path):
+    fresh, stopped = Stage(tmp_path, "index", ["fresh"]), Stage(tmp_path, "index", ["stopped"])
+    stopped.begin()
+    stopped = Stage(tmp_path, "index", ["stopped"])  # in another run
+    for stage, resumed in ((fresh, False), (stopped, True)):
+        stage.begin(), stage.finish()
+        assert stage.facts["resumed"] is resumed
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Options), ids=lambda field: field.name)
 def test_an_option_changes_the_folders_of_its_stage_and_of_those_behind(field, tmp_path, base):
     options = dataclasses.replace(Options(), **{field.name: another(field)})

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import socket
 import sys
 
 import gradio as gr
@@ -92,6 +93,18 @@ def test_a_memory_of_the_demos_model_without_its_package_names_the_pip_command(c
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--base_model", "no/such/folder"), ("--device", "abacus"),
-                                             ("--server_port", "99999"), ("--temperature", "3.0"), ("--max_turns", "-1")])
+                                             ("--server_port", "99999"), ("--temperature", "3.0"), ("--max_turns", "-1"),
+                                             ("--no_repeat", "51"), ("--no_repeat", "-1")])
 def test_a_setting_that_cannot_work_is_named(trained, the_line, flag, value):
     assert value in the_line("--model_dir", trained, flag, value)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before anything is loaded", "taken in the meantime"])
+def test_a_port_that_is_in_use_is_named(trained, the_line, monkeypatch, late):
+    monkeypatch.setattr(app, "check_address", (lambda options: None) if late else app.check_address)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = the_line("--model_dir", trained, "--server_port", port, "--device", "cpu")
+    assert line == f"error: Port {port} is in use; name another with --server_port."

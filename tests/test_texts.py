@@ -84,6 +84,8 @@ def test_a_prompt_is_the_beginning_of_a_text_without_the_fields_a_chat_does_not_
 
 def test_a_template_of_one_field_continues_what_was_written():
     assert text_of(Template.parse("{text}").prompt("c", [("a", "b")])) == "a\nb\nc"
+    law = Template.parse("Law: {text}.")
+    assert law.prompt("c", [("a", "b")]) == ["Law: ", "a\nb\nc"] and literals(law.prompt("c")) == ["Law: "]
 
 
 @pytest.mark.parametrize("pattern", ["no field at all", "a {broken", "a } b", "", "{q} {}", "{q:d}", "{q!r}"])
@@ -96,7 +98,7 @@ def test_a_template_that_cannot_work_is_refused_in_words(pattern):
 def test_the_header_of_any_field_and_words_behind_the_last_end_an_answer(base):
     assert TEMPLATE.stops(base) == ["\nAnswer:", "\nQuestion:", "\nTitle:"]
     assert Template.parse("Q {q} A {a}\n###\n").stops(base) == ["\n###", "\nA", "\nQ"]
-    assert Template.parse("{q}\n{a}").stops(base) == []
+    assert Template.parse("{q}\n{a}").stops(base) == Template.parse("{q}\n{a}.").stops(base) == []
 
 
 def test_a_mark_behind_the_last_field_ends_an_answer_as_a_token_and_not_as_text(base):
@@ -156,6 +158,19 @@ def test_chat_rows_are_those_of_the_models_own_template_up_to_the_end_of_turn(ba
     assert not model.tokenizer.decode(whole[len(ids):]).strip()
     assert ids.count(BOS) == 1 and "kind" not in text_of(template.render(QA)) + text_of(template.prompt("x"))
     assert ids[-1] in template.ends(model) and template.stops(model) == []
+
+
+@pytest.mark.parametrize("every_turn", [True, False])
+def test_words_of_the_models_own_in_front_of_an_answer_end_the_prompt(base, tiny_gemma, every_turn):
+    # As Qwen3 begins a finished turn, or only the last one, with an empty thought that its generation prompt lacks.
+    thought = "{% if m['role'] == 'assistant' " + ("" if every_turn else "and loop.last ") + "%}<unk>none<unk>\n{% endif %}"
+    model = chat_base(base, tiny_gemma, CHAT_TEMPLATE.replace("{{ m['content']", thought + "{{ m['content']"))
+    template = Template.parse("chat {q} {a}", model)
+    begun = "<turn>assistant\n<unk>none<unk>\n"
+    assert text_of(template.prompt("Why?")) == "<turn>user\nWhy?<end>\n" + begun
+    row, prompt = encode_row(model, template, QA), model.encode(template.prompt(QA["q"]))
+    assert row[:len(prompt)] == prompt and model.tokenizer.decode(row[len(prompt):]) == QA["a"] + "<end>"
+    assert own_chat(model, [(QA["q"], QA["a"])])[:len(row)] == row
 
 
 @pytest.mark.parametrize("columns", [["Title", "Question", "Answer"], ["answer", "question"], ["ANSWER", "id", "Question"]])
