@@ -164,10 +164,20 @@ def test_a_model_whose_cached_step_is_wrong_is_refused_in_words(base, monkeypatc
     assert "choose a Transformer as base model" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_rounding_of_bfloat16_is_not_refused(any_base, base):
-    for model in (any_base, base):
-        low = BaseLM(copy.deepcopy(model.model).bfloat16(), base.tokenizer)
-        assert low.model.dtype == torch.bfloat16
+def test_the_rounding_of_bfloat16_is_not_refused(any_base, base, monkeypatch):
+    few = 1 + 4 * torch.finfo(torch.bfloat16).eps  # what a deep model's cached step may differ by
+    for wrong in (False, True):
+        monkeypatch.setattr(base_model.BaseLM, "hidden", wrong_by(few) if wrong else BaseLM.hidden)
+        for model in (any_base, base):
+            assert BaseLM(copy.deepcopy(model.model).bfloat16(), base.tokenizer).model.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="differs from an uncached one"):
+        BaseLM(base.model, base.tokenizer, "x")  # in float32 that is no rounding
+
+
+def wrong_by(factor):
+    """BaseLM.hidden with states that are too large by a factor wherever there is a cache."""
+    real = BaseLM.hidden
+    return lambda self, ids, cache=None: real(self, ids, cache) * (1 if cache is None else factor)
 
 
 def test_a_model_that_scales_its_logits_behind_the_head_is_refused(base):

@@ -367,13 +367,22 @@ def test_texts_on_which_it_is_clear_who_is_right_take_part_in_the_gate_with_thei
     scores, (samples, _) = random_scores(), told_apart(80, seed=5)
     even = scores["example"] % 2 == 0
     chosen = {name: array[even] for name, array in scores.items()}, evaluation.evidence_before(scores)[even], 1
-    for texts in (samples, random_scores(80, seed=5)):
-        gate = summarise(scores, [texts, texts], 3.0)["chosen"]["gate"]
-        part = (texts, evaluation.evidence_before(texts), evaluation.SAMPLES_WEIGHT)
-        expected = evaluation.fit_gate([chosen, part, part])
-        np.testing.assert_allclose([*gate["weights"], gate["bias"]], [*expected.weights, expected.bias], rtol=1e-6, atol=1e-9)
-    without = evaluation.fit_gate([chosen])
-    assert np.abs(expected.weights - without.weights).max() > 1e-2
+    clear = [samples, random_scores(60, seed=6)]
+    given = summarise(scores, clear, 3.0)["chosen"]["gate"]
+    parts = [(part, evaluation.evidence_before(part), evaluation.SAMPLES_WEIGHT) for part in clear]
+    whole, *less = (evaluation.fit_gate([chosen, *some]) for some in (parts, parts[:1], parts[1:]))
+    np.testing.assert_allclose([*given["weights"], given["bias"]], [*whole.weights, whole.bias], rtol=1e-4, atol=1e-6)
+    assert all(np.abs(whole.weights - gate.weights).max() > 1e-2 for gate in less)
+
+
+@pytest.mark.parametrize("rows", [2, 12, 60])
+def test_texts_on_which_it_is_clear_who_is_right_are_the_bases_own_and_a_spread_of_those_stored(base, rows):
+    windows = windows_of(base, ROWS[:rows], TEMPLATE, LENGTH)
+    own, stored = evaluation.clear_windows(base, windows, 12, 3)
+    assert own == evaluation.sample_windows(base, 12, 3)
+    places = [windows.index(window) for window in stored]
+    assert evaluation.SAMPLES // 2 <= len(places) <= evaluation.SAMPLES and len(set(np.diff(places))) == 1
+    assert places[0] == 0 and places[-1] >= len(windows) - len(windows) // 8 - 1
 
 
 def test_the_bases_own_texts_surprise_it_as_much_as_its_entropy_says(base):
