@@ -118,7 +118,7 @@ def chat_fields(columns):
 
 
 def chat_words(base):
-    """(words in front of a question, between question and answer, behind an answer) of the base's chat template.
+    """(words before a question, between question and answer, behind an answer, at the end of a prompt, between two turns).
 
     They are read off a conversation of marks. Raises UserError for a model without a chat template.
     """
