@@ -29,7 +29,7 @@ ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
 SAMPLES, SAMPLE_LENGTH = 16, 256  # texts of each kind for the gate, and the most tokens of one that the base writes
 SAMPLES_WEIGHT = 0.1  # of each kind in the gate's fit, held-out rows weighing 1
-TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the one the memory was trained with
+TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # times the one the memory was trained with
 
 
 def clear_windows(base, windows, length, seed=0):
@@ -88,15 +88,18 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     """
     values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
-    rows = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary)
-    parts = {name: [] for name in ("base", "memory", "opinions", *(("knn", "blend_logits") if store else ()))}
+    rows, shapes = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), {"base": (), "memory": (), "opinions": (5,)}
+    if store:
+        shapes |= {"knn": TEMPERATURES.shape, "blend_logits": ALPHAS.shape}
+    # One array each: many small ones would stand between the large blocks of logits, whose memory then cannot be used again.
+    scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
             features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
-            targets = values[offsets[first]:offsets[first] + len(hidden)]
+            here = slice(offsets[first], offsets[first] + len(hidden))
             if store:
-                parts["knn"].append(knn_log_probabilities(store, hidden, targets, k, temperature))
-            y = torch.from_numpy(targets).long().to(base.device)[:, None]
+                scores["knn"][here] = knn_log_probabilities(store, hidden, values[here], k, temperature)
+            y = torch.from_numpy(values[here]).long().to(base.device)[:, None]
             for block in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
                 z = base.logits(hidden[block])
                 m = decoder.log_probabilities(features[block], z)
@@ -104,10 +107,10 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                          "opinions": opinions(z, m)}
                 if store:
                     found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, float(decoder.backoff))
-                for name, array in found.items():
-                    parts[name].append(array.cpu().numpy())
+                for name, tensor in found.items():
+                    scores[name][here][block] = tensor.cpu().numpy()
             bar.update(len(hidden))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}
+    return scores | {"example": example, "position": position}
 
 
 def sweep_logits(base_logits, memory, targets, seen, backoff):
