@@ -27,14 +27,9 @@ import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
-SAMPLES, SAMPLE_LENGTH = 16, 256  # texts of each kind for the gate, and the most tokens of one that the base writes
-SAMPLES_WEIGHT = 0.1  # of each kind in the gate's fit, held-out rows weighing 1
+SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate, and the most tokens of one
+SAMPLES_WEIGHT = 0.1  # of these texts in the gate's fit, held-out rows weighing 1
 TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # times the one the memory was trained with
-
-
-def clear_windows(base, windows, length, seed=0):
-    """Windows on which it is clear who is right, for the gate: (texts that the base writes by itself, stored texts)."""
-    return sample_windows(base, length, seed), windows[::-(-len(windows) // SAMPLES)]
 
 
 @torch.no_grad()
@@ -205,10 +200,10 @@ def half(scores, rest):
     return {name: array[scores["example"] % 2 == rest] for name, array in scores.items()}
 
 
-def summarise(scores, clear, temperature):
+def summarise(scores, own, temperature):
     """Choose alpha, its gate, lambda and temperature on the even held-out examples and report all on the odd ones.
 
-    A chosen value is the best on the choosing half, whatever it does on the other. clear: scores of each of the clear_windows.
+    A chosen value is the best on the choosing half, whatever it does on the other. own: scores of the sample_windows.
     """
     choose, report = scores["example"] % 2 == 0, scores["example"] % 2 == 1
     rules = {"logits": scores["blend_logits"], "probabilities": mix_probabilities(scores["base"], scores["memory"])}
@@ -216,7 +211,7 @@ def summarise(scores, clear, temperature):
     s, lam = np.unravel_index(np.argmin(perplexities(knn[choose])), knn.shape[1:])
     best = {rule: int(np.argmin(perplexities(table[choose]))) for rule, table in rules.items()}
     evidence = evidence_before(scores)
-    gate = fit_gate([(half(scores, 0), evidence[choose], 1), *((part, evidence_before(part), SAMPLES_WEIGHT) for part in clear)])
+    gate = fit_gate([(half(scores, 0), evidence[choose], 1), (own, evidence_before(own), SAMPLES_WEIGHT)])
     auto, alpha = gated(gate, half(scores, 1), evidence[report])
     return {
         "held_out": {

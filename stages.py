@@ -66,7 +66,7 @@ class Stages:
         self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
-        self.report = Stage(root, "report", [digest(held), "scale; gate with stored texts"], self.decoder)
+        self.report = Stage(root, "report", [digest(held), "scale"], self.decoder)
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))

@@ -35,13 +35,13 @@ def tuned(base, options, seconds):
     template, rows, held = script.read_data(options)
     template = Template.parse(template.pattern, base)
     windows, held = (windows_of(base, part, template, options.max_length) for part in (rows, held))
-    found, clear = {}, evaluation.clear_windows(base, windows, options.max_length, options.seed)
+    found, samples = {}, evaluation.sample_windows(base, options.max_length, options.seed)
     for name, rate in RATES.items():
         model, steps, passes = baselines.tune(base, windows, seconds, rate, name == "LoRA", options.seed)
-        scores, *known = (baselines.score_pair(base, model, part) for part in (held, *clear))
+        scores, own = (baselines.score_pair(base, model, part) for part in (held, samples))
         odd, evidence = scores["example"] % 2 == 1, evaluation.evidence_before(scores)
         gate = evaluation.fit_gate([(evaluation.half(scores, 0), evidence[~odd], 1),
-                                    *((part, evaluation.evidence_before(part), evaluation.SAMPLES_WEIGHT) for part in known)])
+                                    (own, evaluation.evidence_before(own), evaluation.SAMPLES_WEIGHT)])
         mixed, _ = evaluation.gated(gate, evaluation.half(scores, 1), evidence[odd])
         found |= {name: evaluation.perplexity(scores["memory"][odd]), f"{name}, automatic alpha": evaluation.perplexity(mixed)}
         print(f"{name}: {steps} steps, {passes} whole passes, {found[name]:.2f}", flush=True)
