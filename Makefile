@@ -1,9 +1,10 @@
 # make demo: install, train on the embedded default, open the chat.    make test: install, lint, test.
+# make pictures: the README's pictures, of the demo's page.
 # make bench: both scripts at the real size of Gemma-2b, random weights, on the CPU.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench
+.PHONY: demo test bench pictures
 demo: .venv/demo
 	$(BIN)/python train_memory_decoder.py --demo
 	$(BIN)/python app.py --demo
@@ -14,6 +15,9 @@ test: .venv/dev
 
 bench: .venv/demo
 	$(BIN)/python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape
+
+pictures: .venv/dev
+	$(BIN)/python benchmarks/pictures.py
 
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

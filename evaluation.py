@@ -75,17 +75,17 @@ def features_of(decoder, hidden, counts):
 
 
 @torch.no_grad()
-def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None):
+def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None, sweep=False):
     """Log probability of the next token at every position of the windows, under everything that is compared.
 
-    Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store also knn (P, S) and blend_logits
-    (P, A); and of int32: example (P,), position (P,).
+    Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store knn (P, S), and with sweep
+    blend_logits (P, A); and of int32: example (P,), position (P,).
     """
     values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
     rows, shapes = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), {"base": (), "memory": (), "opinions": (5,)}
-    if store:
-        shapes |= {"knn": TEMPERATURES.shape, "blend_logits": ALPHAS.shape}
+    shapes |= {"knn": TEMPERATURES.shape} if store else {}
+    shapes |= {"blend_logits": ALPHAS.shape} if sweep else {}
     # One array each: many small ones would stand between the large blocks of logits, whose memory then cannot be used again.
     scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
@@ -100,7 +100,7 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                 m = decoder.log_probabilities(features[block], z)
                 found = {"base": torch.log_softmax(z, -1).gather(1, y[block])[:, 0], "memory": m.gather(1, y[block])[:, 0],
                          "opinions": opinions(z, m)}
-                if store:
+                if sweep:
                     found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, float(decoder.backoff))
                 for name, tensor in found.items():
                     scores[name][here][block] = tensor.cpu().numpy()
@@ -250,7 +250,7 @@ def report_table(metrics):
     return "\n".join(lines)
 
 
-def write_report(metrics, losses, folder):
+def write_report(metrics, folder):
     """Write metrics.json, report.md, loss_curve.png and alpha_sweep.png."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     seconds = ", ".join(f"{stage} {value:.0f}{' since it went on' if stage in metrics['resumed'] else ''}"
@@ -260,7 +260,7 @@ def write_report(metrics, losses, folder):
         f"{metrics['held_out']['positions']:,} positions reported, {metrics['chosen']['positions']:,} others to choose on; "
         f"{metrics['entries']:,} entries, K {metrics['k']}.\n\nSeconds: {seconds}. "
         f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n")
-    plot_losses(losses, folder / "loss_curve.png")
+    plot_losses(metrics["losses"], folder / "loss_curve.png")
     plot_sweep(metrics, folder / "alpha_sweep.png")
 
 

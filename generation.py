@@ -4,6 +4,7 @@ Letters as in memory_decoder.py: B sequences, T positions, H width of hidden sta
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,14 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from base_model import Literal
 from command import UserError
+from datastore import knn_weights
 from memory_decoder import LOGITS_AT_ONCE, DecoderCache
 from texts import shared_prefix
 
 RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
+KNN = "kNN-LM"  # the rule under which the search itself is the memory, and probabilities are mixed
+BEST = 10  # candidates that a Step holds of each of base, memory and blend
 
 
 def blend(base_logits, memory_logits, alpha, rule="logits"):
@@ -82,27 +86,46 @@ def sample(logits, temperature, top_k, generator=None):
 
 
 @dataclass
+class Settings:
+    """How an answer is written. It is read anew at every token, so what changes on the way counts from the next one on."""
+
+    alpha: float = 0.5  # the memory's share, but for the rule auto
+    rule: str = "logits"  # as it is when the answer begins
+    temperature: float = 0.7
+    top_k: int = 50
+    no_repeat: int = 0  # length in tokens of the runs that may not come twice in an answer; 0: any may
+    knn_k: int = 32  # neighbours
+    knn_temperature: float = 1.0  # and, in squared distance, temperature of the rule kNN-LM
+
+
+@dataclass
 class Step:
-    """One generated token, as the page shows it."""
+    """One generated token, as the page shows it. Probabilities are those before temperature and top-k."""
 
     token: int
     text: str  # what became visible: may be empty while a character or a stop text is incomplete
     base: float  # probability of the token under the base model,
     memory: float  # under the memory,
-    blended: float  # and under their blend, before temperature and top-k
+    blended: float  # and under their blend
     alpha: float  # the memory's share in that blend
+    candidates: list  # (token, its three probabilities) of the BEST tokens of each of the three, the blend's best first
+    cut: float  # probability, under the blend, of the last token that top-k lets through
     hidden: torch.Tensor  # the query state (H,) float32, on the CPU
+    seconds: float  # that the token took
 
 
 class MemoryAugmentedLM:
     """A frozen base model with a MemoryDecoder beside it."""
 
-    def __init__(self, base, decoder, template=None, gate=None):
-        """template: the form of what the memory was trained on. gate: what chooses alpha under the rule auto, if there is one."""
+    def __init__(self, base, decoder, template=None, gate=None, store=None):
+        """template: the form of what the memory was trained on. gate: what chooses alpha under the rule auto, if there is one.
+
+        store: the Datastore that the rule kNN-LM searches, if there is one.
+        """
         if (decoder.sizes["hidden_size"], decoder.sizes["vocab_size"]) != (base.width, base.vocabulary):
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
-        self.base, self.decoder, self.gate = base, decoder.to(base.device).eval(), gate
+        self.base, self.decoder, self.gate, self.store = base, decoder.to(base.device).eval(), gate, store
         # Every prompt begins with the header. Its states were no entries in training, so the memory skips them.
         self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
         self.ends, self.stops = (template.ends(base), template.stops(base)) if template else (base.ends, [])
@@ -112,24 +135,35 @@ class MemoryAugmentedLM:
         return min(shared_prefix(ids, self.header), len(ids) - 1)
 
     @torch.no_grad()
-    def steps(self, ids, evidence=None):
+    def steps(self, ids, evidence=None, search=None):
         """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)); send() it each next token id.
 
         One base forward and one decoder forward for each token, both with caches. evidence: gathers what the tokens say.
+        search: gives the memory of a hidden state in the decoder's place.
         """
         cache, memory_cache = self.base.new_cache(), DecoderCache()
         new, skip = torch.tensor([ids]), self.skipped(ids)
         while True:
             hidden = self.base.hidden(new, cache)[0, skip:]
-            features = self.decoder.features(hidden[None].float(), memory_cache)[0]
-            if evidence is not None:
-                self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
             base_logits = self.base.logits(hidden[-1])
-            memory = self.decoder.log_probabilities(features[-1], base_logits)
+            if search:
+                memory = search(hidden[-1])
+            else:
+                features = self.decoder.features(hidden[None].float(), memory_cache)[0]
+                memory = self.decoder.log_probabilities(features[-1], base_logits)
+                if evidence is not None:
+                    self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
             token = yield hidden[-1], base_logits, memory
             if evidence is not None:
                 evidence.add(float(memory[token] - torch.log_softmax(base_logits, -1)[token]))
             new, skip = torch.tensor([[token]]), 0
+
+    def search(self, hidden, settings):
+        """Log probabilities (V,) of the kNN distribution at a hidden state (H,); -inf where no neighbour votes."""
+        D, I = self.store.search(hidden[None].float().cpu().numpy(), min(settings.knn_k, len(self.store)))
+        weights = torch.from_numpy(knn_weights(D, settings.knn_temperature)[0]).float()
+        votes = torch.zeros(self.base.vocabulary).index_add_(0, torch.from_numpy(self.store.values[I[0]]).long(), weights)
+        return votes.log().to(hidden.device)
 
     def weigh(self, hidden, features, tokens, evidence):
         """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""
@@ -142,41 +176,73 @@ class MemoryAugmentedLM:
                 evidence.add(gain)
 
     @torch.no_grad()
-    def stream(self, prompt, alpha=0.5, temperature=0.7, top_k=50, max_new_tokens=200, rule="logits", seed=None,
-               no_repeat=0):
+    def stream(self, prompt, settings=None, max_new_tokens=200, seed=None, kept=(), first=None):
         """Yield a Step for each token that continues `prompt`, to an end token, a stop text of the template, or max_new_tokens.
 
-        prompt: what BaseLM.encode reads. rule auto: the gate chooses each token's alpha in place of the one given, and
-        probabilities are mixed. no_repeat: length in tokens of the runs that may not come twice in an answer; 0: any may.
-        Raises UserError when prompt and answer exceed the base model's positions, or when
-        there is no gate for auto.
+        prompt: what BaseLM.encode reads. kept: token ids with which the answer begins; they yield no Step. first: the token id
+        behind them, where it is not to be sampled. Raises UserError when prompt and answer exceed the base model's positions,
+        or when the rule needs a gate or a datastore that is not there.
         """
-        base, ids = self.base, self.base.encode(prompt)
-        if len(ids) + max_new_tokens > base.max_positions:
-            raise UserError(f"The prompt has {len(ids)} tokens and the answer up to {max_new_tokens}, but {base.name} "
-                            f"reads at most {base.max_positions}; shorten the question or lower max new tokens.")
-        if rule == AUTO and self.gate is None:
-            raise UserError("This memory has no automatic alpha; train it again to get one.")
+        settings, base, ids = settings or Settings(), self.base, self.base.encode(prompt)
+        self.check(settings.rule, len(ids), max_new_tokens)
+        rule, generator = settings.rule, torch.Generator().manual_seed(seed) if seed is not None else None
         evidence = Evidence() if rule == AUTO else None
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        without_runs, answer = NoRepeatNGramLogitsProcessor(no_repeat) if no_repeat else None, []
-        decoded, visible, steps = DecodedText(base.tokenizer), VisibleText(self.stops), self.steps(ids, evidence)
+        search = (lambda hidden: self.search(hidden, settings)) if rule == KNN else None
+        decoded, visible, answer = DecodedText(base.tokenizer), VisibleText(self.stops), list(kept)
+        for token in kept:
+            visible.add(decoded.add(token))
+        began, steps = time.perf_counter(), self.steps([*ids, *kept], evidence, search)
         hidden, base_logits, memory = next(steps)
-        for number in range(1, max_new_tokens + 1):
+        while len(answer) < max_new_tokens:
+            alpha = settings.alpha
             if rule == AUTO:
                 alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), evidence.means))
-            blended = blend(base_logits, memory, alpha, "probabilities" if rule == AUTO else rule)
-            allowed = without_runs(torch.tensor([answer], dtype=torch.long), blended[None])[0] if answer and no_repeat else blended
-            token = sample(allowed, temperature, top_k, generator)
+            blended = blend(base_logits, memory, alpha, rule if rule in RULES else "probabilities")
+            allowed = without_repeated_runs(blended, answer, settings.no_repeat)
+            token = sample(allowed, settings.temperature, settings.top_k, generator) if first is None else first
+            first = None
             answer.append(token)
             ended = token in self.ends
             text = visible.add("" if ended else decoded.add(token))
-            last = ended or visible.stopped or number == max_new_tokens
-            chances = [float(torch.softmax(z, -1)[token]) for z in (base_logits, memory, blended)]
-            yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, hidden.float().cpu())
+            last = ended or visible.stopped or len(answer) == max_new_tokens
+            chances, candidates, cut = compare(base_logits, memory, blended, token, settings.top_k)
+            yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, candidates, cut, hidden.float().cpu(),
+                       time.perf_counter() - began)
             if last:
                 return
+            began = time.perf_counter()
             hidden, base_logits, memory = steps.send(token)
+
+    def check(self, rule, prompt_length, max_new_tokens):
+        """Raise UserError for an answer that is too long for the base model, or a rule that this memory cannot follow."""
+        if prompt_length + max_new_tokens > self.base.max_positions:
+            raise UserError(f"The prompt has {prompt_length} tokens and the answer up to {max_new_tokens}, but {self.base.name} "
+                            f"reads at most {self.base.max_positions}; shorten the question or lower max new tokens.")
+        if rule == AUTO and self.gate is None:
+            raise UserError("This memory has no automatic alpha; train it again to get one.")
+        if rule == KNN and self.store is None:
+            raise UserError("There is no datastore to search; choose another rule.")
+
+
+def without_repeated_runs(logits, answer, length):
+    """Logits (V,) in which no token is possible that would end a run of `length` tokens that the answer holds; 0: any may.
+
+    Where nothing else is possible, as when a few neighbours vote, the run may come twice.
+    """
+    if not length or not answer:
+        return logits
+    allowed = NoRepeatNGramLogitsProcessor(length)(torch.tensor([answer]), logits[None])[0]
+    return allowed if allowed.max() > -math.inf else logits
+
+
+def compare(base_logits, memory_logits, blended, token, top_k):
+    """(the token's three probabilities, the candidates, the cut) of a Step, from three predictions (V,)."""
+    chances = torch.softmax(torch.stack([base_logits, memory_logits, blended]), -1)  # (3, V)
+    best = chances.topk(min(BEST, chances.shape[1])).indices.flatten()
+    ids = torch.cat([best, torch.tensor([token], device=best.device)]).unique()
+    candidates = zip(ids.tolist(), *chances[:, ids].tolist(), strict=True)
+    cut = chances[2].topk(min(top_k, chances.shape[1])).values[-1]
+    return chances[:, token].tolist(), sorted(candidates, key=lambda c: -c[3]), float(cut)
 
 
 class DecodedText:

@@ -90,6 +90,13 @@ class Template:
         text = [piece for question, answer in turns for piece in (self.header, question, middle, answer, self.between)]
         return [*text, self.header, message, self.reply]
 
+    def answered(self, message, answer, turns=()):
+        """The text of `prompt` with an answer behind it, as strings and Literals."""
+        words = self.parts[-1][0]
+        gap = words[len(self.reply):] if words.startswith(self.reply) else ""
+        gap = " " if len(self.parts) == 1 else gap  # an answer to a text without fields goes on from the message
+        return [*self.prompt(message, turns), gap + answer, *([self.tail] if self.tail else [])]
+
     def ends(self, base):
         """The ids of the tokens that end an answer: the base's own, and a special token that stands behind the answer."""
         mark = base.marks and base.marks.match(self.tail.lstrip())
@@ -181,8 +188,12 @@ def shared_prefix(ids, template_ids):
 
 def encode_row(base, template, row):
     """Token ids of one row from BOS to the token that ends its answer."""
-    text, ends = template.render(row), template.ends(base)
-    ids = base.encode(text)
+    return encode_to_end(base, template, template.render(row))
+
+
+def encode_to_end(base, template, text):
+    """Token ids of a text that a template's tail ends, from BOS to the token that ends its answer."""
+    ids, ends = base.encode(text), template.ends(base)
     tail = len(base.encode([template.tail])) if template.tail else 0
     for i in range(max(1, len(ids) - tail), len(ids)):
         if ids[i] in ends:

@@ -274,7 +274,7 @@ def make_report(options, base, store, held_windows, stages, factory):
         if options.head_init == "base":
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
         decoder.save(stages.report / "memory_decoder.pt")
-        scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature)
+        scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature, True)
         samples = evaluation.sample_windows(base, options.max_length, options.seed)
         own = evaluation.score_positions(base, decoder, samples, options.batch_size)
         earlier = list(stages)[:-1]
@@ -285,8 +285,8 @@ def make_report(options, base, store, held_windows, stages, factory):
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
             "resumed": [stage.name for stage in earlier if stage.facts.get("resumed")],
-            "peak_memory_bytes": evaluation.peak_memory()}
-        evaluation.write_report(metrics, stages.decoder.facts["losses"], stages.report.path)
+            "peak_memory_bytes": evaluation.peak_memory(), "losses": stages.decoder.facts["losses"]}
+        evaluation.write_report(metrics, stages.report.path)
         stages.report.finish()
     metrics = json.loads((stages.report / "metrics.json").read_text())
     print("\n" + evaluation.report_table(metrics), flush=True)

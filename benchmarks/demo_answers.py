@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
+from chat import Chat
 from generation import AUTO, RULES
 from memory_decoder import read_manifest
+from panels import NO_ANSWER
 
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
@@ -126,7 +128,10 @@ def show(chat, settings, middle):
 
 def ask(chat, question, settings, alpha, rule):
     """The page's answer."""
-    return list(chat.answer(question, [], alpha, rule=rule, **settings))[-1][0]
+    answer = chat.begin(question, alpha=alpha, rule=rule, **settings)
+    for _ in chat.write(answer):
+        pass
+    return answer.text or NO_ANSWER
 
 
 def main():
@@ -134,7 +139,7 @@ def main():
     manifest = read_manifest(options.model_dir)
     if manifest is None:
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
-    chat = app.Chat.open(options, manifest)
+    chat = Chat.open(options, manifest)
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, "
           f"no run of {options.no_repeat} tokens twice.\n")
     settings = {**SETTINGS, "temperature": options.temperature, "no_repeat": options.no_repeat}

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from base_model import BaseLM, converted, demo_model_file
 from datastore import Datastore
-from generation import MemoryAugmentedLM
+from generation import MemoryAugmentedLM, Settings
 from memory_decoder import MemoryDecoder
 
 SHAPE = {"vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384, "num_hidden_layers": 18,
@@ -80,7 +80,7 @@ def main():
     store, model = Datastore.open(folder / "trained"), MemoryAugmentedLM(base, decoder)
     prompt = "Question: " + "May I keep the deposit? " * 8 + "\nAnswer:"
     stamps = [time.monotonic()]
-    for _ in model.stream(prompt, temperature=0.7, max_new_tokens=10):
+    for _ in model.stream(prompt, Settings(temperature=0.7), max_new_tokens=10):
         stamps.append(time.monotonic())
     steps = sorted(b - a for a, b in pairwise(stamps[1:]))
     ids, own = base.encode(prompt), []

@@ -106,7 +106,7 @@ def slow(base, decoder, keys_and_store, held_windows):
 def test_scores_are_those_of_one_position_at_a_time(base, decoder, keys_and_store, held_windows, slow, monkeypatch,
                                                         positions_at_once):
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 4 * base.vocabulary * positions_at_once)
-    scores = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE)
+    scores = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE, sweep=True)
     assert scores.keys() == slow.keys()
     assert np.array_equal(scores["example"], slow["example"]) and np.array_equal(scores["position"], slow["position"])
     assert 0 < (slow["knn"] > 0).mean() < 1  # both hits and misses are compared
@@ -159,12 +159,15 @@ def test_calibration_chooses_the_best_scale_and_leaves_the_backoff(
     assert evaluation.SCALES[0] < decoder.scale < evaluation.SCALES[-1]  # so that a search which only looks at the ends fails
 
 
-def test_scores_without_a_datastore_are_the_same_but_for_knn_and_blends(base, decoder, held_windows, keys_and_store):
-    whole = score_positions(base, decoder, held_windows, 3, keys_and_store[1], K, TEMPERATURE)
-    without = score_positions(base, decoder, held_windows, 3)
-    assert whole.keys() - without.keys() == {"knn", "blend_logits"}
-    for name in without:
-        np.testing.assert_allclose(without[name], whole[name], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("search", "sweep"), [(False, False), (True, False), (False, True)])
+def test_scores_without_a_datastore_or_a_sweep_are_the_same_but_for_what_these_give(base, decoder, held_windows, keys_and_store,
+                                                                                     search, sweep):
+    found = keys_and_store[1], K, TEMPERATURE
+    whole = score_positions(base, decoder, held_windows, 3, *found, sweep=True)
+    part = score_positions(base, decoder, held_windows, 3, *(found if search else ()), sweep=sweep)
+    assert whole.keys() - part.keys() == {name for name, given in (("knn", search), ("blend_logits", sweep)) if not given}
+    for name in part:
+        np.testing.assert_allclose(part[name], whole[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_search_that_finds_fewer_than_k_gives_the_votes_to_what_it_found(keys_and_store):
@@ -289,8 +292,12 @@ def metrics():
 
 
 @pytest.mark.parametrize("losses", [[[1, 3.0, 2.0, 4.0]], [[10, 3.0, 2.0, 4.0], [20, 2.5, 1.8, 3.2]]])
-def test_the_report_is_four_files_that_say_what_was_measured(metrics, losses, tmp_path):
-    write_report(metrics, losses, tmp_path)
+def test_the_report_is_four_files_that_say_what_was_measured(metrics, losses, tmp_path, monkeypatch):
+    drawn, real = [], evaluation.plot_losses
+    monkeypatch.setattr(evaluation, "plot_losses", lambda rows, path: drawn.append(rows) or real(rows, path))
+    metrics["losses"] = losses
+    write_report(metrics, tmp_path)
+    assert drawn == [losses]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"}
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     report = (tmp_path / "report.md").read_text()

@@ -8,7 +8,7 @@ from conftest import SPECIAL, make_decoder
 import generation
 from base_model import Literal
 from command import UserError
-from generation import DecodedText, Gate, MemoryAugmentedLM, VisibleText, blend, opinions, sample
+from generation import DecodedText, Gate, MemoryAugmentedLM, Settings, VisibleText, blend, opinions, sample
 from texts import Template, shared_prefix
 
 QA = Template.parse("Question: {q}\nAnswer: {a}")
@@ -84,14 +84,14 @@ def greedy_twin(model, prompt, alpha, rule, count):
 @pytest.mark.parametrize("alpha", [0, 0.6, 1])
 def test_streaming_gives_the_tokens_that_uncached_decoding_gives(base, any_decoder, alpha, rule):
     model = MemoryAugmentedLM(base, any_decoder)
-    steps = list(model.stream(PROMPT, alpha, temperature=0, max_new_tokens=25, rule=rule))
+    steps = list(model.stream(PROMPT, Settings(alpha, rule, temperature=0), 25))
     assert [step.token for step in steps] == greedy_twin(model, PROMPT, alpha, rule, 25)
 
 
 def test_a_conversation_in_the_models_own_chat_form_streams_what_uncached_decoding_gives(base):
     template = Template.parse("chat {q} {a}", base)
     model, prompt = MemoryAugmentedLM(base, make_decoder(), template), template.prompt("And <end> now?", [("Why?", "So.")])
-    steps = list(model.stream(prompt, 0.5, temperature=0, max_new_tokens=15))
+    steps = list(model.stream(prompt, Settings(0.5, temperature=0), 15))
     assert [step.token for step in steps] == greedy_twin(model, prompt, 0.5, "logits", 15)
 
 
@@ -99,12 +99,12 @@ def test_at_alpha_zero_the_model_says_what_the_base_alone_says(base, model):
     ids = torch.tensor([base.encode(PROMPT)])
     own = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
                               eos_token_id=sorted(base.ends))[0, ids.shape[1]:].tolist()
-    assert [step.token for step in model.stream(PROMPT, 0, temperature=0, max_new_tokens=20)] == own
+    assert [step.token for step in model.stream(PROMPT, Settings(0, temperature=0), 20)] == own
 
 
 def test_steps_carry_the_probabilities_under_base_memory_and_blend(base, any_decoder):
     ids, moved = base.encode(PROMPT), []
-    for step in MemoryAugmentedLM(base, any_decoder).stream(PROMPT, 0.4, temperature=0, max_new_tokens=12):
+    for step in MemoryAugmentedLM(base, any_decoder).stream(PROMPT, Settings(0.4, temperature=0), 12):
         hidden = base.hidden(torch.tensor([ids]))  # the whole text again, with no cache
         base_logits, memory = base.logits(hidden[0, -1]), memory_of(base, any_decoder, hidden, 1)[-1]
         for value, logits in ((step.base, base_logits), (step.memory, memory), (step.blended, blend(base_logits, memory, 0.4))):
@@ -122,7 +122,7 @@ def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, temp
     decoder = make_decoder(seed=4)
     gate = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
     model, prompt = MemoryAugmentedLM(base, decoder, template, gate), QA.prompt("Why not?")
-    steps = list(model.stream(prompt, rule="auto", temperature=0, max_new_tokens=8))
+    steps = list(model.stream(prompt, Settings(rule="auto", temperature=0), 8))
     ids = base.encode(prompt)
     skip = shared_prefix(ids, base.encode("Question:" if template else ""))
     for step in steps:
@@ -143,7 +143,7 @@ def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, temp
 
 def test_auto_without_a_gate_is_refused_in_words(model):
     with pytest.raises(UserError, match="no automatic alpha"):
-        next(model.stream("x", rule="auto"))
+        next(model.stream("x", Settings(rule="auto")))
 
 
 def test_opinions_are_entropies_top_probabilities_and_the_divergence():
@@ -158,7 +158,7 @@ def test_opinions_are_entropies_top_probabilities_and_the_divergence():
 def test_the_memory_skips_the_states_of_the_header(base, pattern):
     template, decoder = Template.parse(pattern, base), make_decoder(context=50)
     model, prompt = MemoryAugmentedLM(base, decoder, template), template.prompt("Why?")
-    step = next(model.stream(prompt, 1, temperature=0))
+    step = next(model.stream(prompt, Settings(1, temperature=0)))
     skip = len(base.encode([Literal("<turn>user\n" if template.pattern.startswith("chat") else "Question:")]))
     hidden = base.hidden(torch.tensor([base.encode(prompt)]))
     memory, all_states = (memory_of(base, decoder, hidden, n)[-1] for n in (skip, 0))
@@ -169,7 +169,7 @@ def test_the_memory_skips_the_states_of_the_header(base, pattern):
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(model):
     def draw(seed):
-        return [s.token for s in model.stream("Why?", 0.5, temperature=1.5, max_new_tokens=20, seed=seed)]
+        return [s.token for s in model.stream("Why?", Settings(temperature=1.5), 20, seed)]
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -268,7 +268,7 @@ def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model, monkeypatch):
     monkeypatch.setattr(generation, "blend", lambda *_: fixed)
 
     def answer(no_repeat, temperature=0, count=9):
-        return [step.token for step in model.stream("Why?", temperature=temperature, max_new_tokens=count, no_repeat=no_repeat)]
+        return [step.token for step in model.stream("Why?", Settings(temperature=temperature, no_repeat=no_repeat), count)]
 
     assert answer(0) == [300] * 9
     assert answer(1) == list(range(300, 309))
@@ -282,4 +282,4 @@ def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model, monkeypatch):
 def test_a_run_of_the_prompt_may_come_in_the_answer(model, monkeypatch):
     *_, last = model.base.encode("Why?")
     monkeypatch.setattr(generation, "blend", lambda *_: torch.nn.functional.one_hot(torch.tensor(last), 512).float())
-    assert next(model.stream("Why?", temperature=0, no_repeat=1)).token == last
+    assert next(model.stream("Why?", Settings(temperature=0, no_repeat=1))).token == last

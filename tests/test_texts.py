@@ -13,6 +13,7 @@ from command import UserError
 from texts import (
     Template,
     encode_row,
+    encode_to_end,
     entries_of,
     explain_dataset_error,
     make_windows,
@@ -171,6 +172,26 @@ def test_words_of_the_models_own_in_front_of_an_answer_end_the_prompt(base, tiny
     row, prompt = encode_row(model, template, QA), model.encode(template.prompt(QA["q"]))
     assert row[:len(prompt)] == prompt and model.tokenizer.decode(row[len(prompt):]) == QA["a"] + "<end>"
     assert own_chat(model, [(QA["q"], QA["a"])])[:len(row)] == row
+
+
+SHORTER = {f"reply ends {end!r}": LLAMA3.replace("assistant\n\n", f"assistant{end}") for end in ("", "\n")}
+
+
+@pytest.mark.parametrize("form", [*CHATS, *SHORTER, "Q: {q}\nA: {a}", MARKED, "Q:{q}\nA:\n{a} ###\n", "{q} {a}<end>\n\nmore"])
+def test_a_question_with_its_answer_is_the_row_that_has_both(base, tiny_gemma, form):
+    chats = CHATS | SHORTER
+    model = chat_base(base, tiny_gemma, chats.get(form))
+    template = Template.parse("chat {q} {a}" if form in chats else form, model)
+    for row in (QA, {"q": "<turn> or <eos>?", "a": "<bos> No. <end> <eos>\n<turn>A"}):
+        ids = encode_to_end(model, template, template.answered(row["q"], row["a"]))
+        assert ids == encode_row(model, template, row) and ids[-1] in template.ends(model)
+    if form not in SHORTER:  # what a later prompt holds as its earlier turns
+        turns = [("Why?", "So."), ("And now?", "No.")]
+        assert text_of(template.prompt("x", turns)).startswith(text_of(template.answered(*turns[1], turns[:1])).rstrip())
+
+
+def test_a_question_with_its_answer_leaves_out_what_a_chat_does_not_have():
+    assert text_of(TEMPLATE.answered("Why?", "So.")) == "Question: Why?\nAnswer: So."
 
 
 @pytest.mark.parametrize("columns", [["Title", "Question", "Answer"], ["answer", "question"], ["ANSWER", "id", "Question"]])

@@ -101,6 +101,7 @@ def test_metrics_hold_what_the_report_is_made_of(trained):
     assert metrics["entries"] == len(np.load(trained / "datastore_values.npy")) and metrics["k"] == 8
     assert metrics["seconds"].keys() == {"datastore", "index", "neighbours", "decoder", "report"}
     assert metrics["peak_memory_bytes"] > 2**20
+    assert metrics["losses"] == losses(trained) != []
     assert all(1 < metrics["held_out"][name] < math.inf for name in ("base", "knn_lm", "memory", "blend_logits"))
     assert metrics["index_recall"] == 1  # exact search
     decoder = MemoryDecoder.load(trained / "memory_decoder.pt")

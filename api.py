@@ -1,0 +1,80 @@
+"""What a program asks of the page: answers, a token's candidates and its passages, as data."""
+
+import gradio as gr
+
+from chat import logprobs
+from command import UserError
+
+
+class Api:
+    """Endpoints over a Chat. A setting that is not given stands as the page opens with it."""
+
+    def __init__(self, chat, defaults):
+        """defaults: {name: value} of the page's controls."""
+        self.chat_model, self.defaults = chat, defaults
+
+    def begin(self, message, history, tokens=(), **values):
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            check_history(history)
+            answer = self.chat_model.begin(message, [tuple(turn) for turn in history or []], **self.defaults | given)
+            answer.tokens = [{"id": int(token), "text": "", "end": False} for token in tokens]
+            answer.kept = len(answer.tokens)
+            yield from self.chat_model.write(answer)
+        except UserError as error:
+            raise refusal(error) from None
+
+    def chat(self, message: str, alpha: float | None = None, temperature: float | None = None, top_k: int | None = None,
+             max_new_tokens: int | None = None, rule: str | None = None, seed: int | str | None = None,
+             no_repeat: int | None = None, history: list[list[str]] | None = None) -> tuple[str, dict]:
+        """Answer a message. Streams pairs of the text so far and {}; in the last pair stand the log probabilities.
+
+        history: pairs of message and answer. The log probabilities have the shape usual for language models, with those of
+        base and memory beside the blend's.
+        """
+        for answer in self.begin(message, history, alpha=alpha, temperature=temperature, top_k=top_k,
+                                 max_new_tokens=max_new_tokens, rule=rule, seed=seed, no_repeat=no_repeat):
+            yield answer.text, {}
+        yield answer.text, logprobs(answer.tokens)
+
+    def candidates(self, message: str, tokens: list[int] | None = None, alpha: float | None = None, rule: str | None = None,
+                   history: list[list[str]] | None = None) -> dict:
+        """What may come behind the first `tokens` (ids, as in the log probabilities) of an answer to the message.
+
+        alpha: the memory's share there. candidates: id, text, and probability under base, memory and blend, the blend's best
+        first.
+        """
+        token = self.next_token(message, tokens, alpha=alpha, rule=rule, history=history)[1]
+        return {"alpha": token["alpha"], "candidates": token["candidates"]}
+
+    def passages(self, message: str, tokens: list[int] | None = None, k: int | None = None,
+                 history: list[list[str]] | None = None) -> list[dict]:
+        """The k stored entries nearest to where an answer to the message stands behind its first `tokens` (ids).
+
+        Each has entry, row, title, before, token (the one that came next in the stored text), after, squared distance, weight.
+        """
+        answer, token = self.next_token(message, tokens, k=k, history=history)
+        self.chat_model.trace(answer)
+        return self.chat_model.passages(token["neighbours"])
+
+    def next_token(self, message, tokens, history=None, **values):
+        """(answer, token) of one step behind the tokens given."""
+        tokens = [] if tokens is None else tokens
+        known = range(self.chat_model.model.base.vocabulary)
+        if not isinstance(tokens, list) or any(not isinstance(token, int) or token not in known for token in tokens):
+            raise refusal(UserError(f"tokens is a list of whole numbers from 0 to {known[-1]}."))
+        # Without chance, so that no token that was merely drawn stands among the candidates.
+        answer = next(self.begin(message, history, tokens, max_new_tokens=len(tokens) + 1, temperature=0, no_repeat=0, **values))
+        return answer, answer.tokens[-1]
+
+
+def check_history(history):
+    """Raise UserError for what is no list of pairs of texts."""
+    pairs = [] if history is None else history
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
+        raise UserError("history is a list of pairs of message and answer.")
+
+
+def refusal(error):
+    """A UserError as the page and its clients show it."""
+    return gr.Error(str(error), title="Please change one thing", print_exception=False)

@@ -1,0 +1,270 @@
+"""The chat behind page, API and terminal: answers that are written token by token, and what can be asked about each token.
+
+An Answer is kept as a record: plain data, the same on the page, in the exported file and after a reload.
+"""
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import evaluation
+from base_model import BaseLM
+from command import UserError
+from datastore import Datastore, knn_weights
+from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings
+from memory_decoder import MemoryDecoder
+from texts import Template, Window, encode_row, encode_to_end, shared_prefix
+
+EVERY_RULE = (*RULES, AUTO, KNN)
+# Name, lowest, highest: also enforced for values that arrive through the API.
+RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
+          "no_repeat": (0, 50), "knn_k": (1, 256), "knn_temperature": (1e-3, 1e6)}
+SEEDS = 2**31
+SNIPPET = 40  # tokens of a passage before the remembered one
+END = "(end)"
+VOICES = ("base alone", "blend", "memory alone")
+
+
+@dataclass
+class Answer:
+    """An answer while it is written: what it was asked with, and its tokens so far as plain data."""
+
+    question: str
+    turns: list  # earlier (message, answer) pairs that it reads
+    settings: Settings
+    max_new_tokens: int
+    seed: int
+    k: int  # neighbours kept of each token
+    kept: int = 0  # tokens taken over from an earlier answer
+    tokens: list = field(default_factory=list)
+    states: dict = field(default_factory=dict)  # token number -> query state (H,), until its neighbours are found
+    seconds: float = 0.0
+
+    @property
+    def text(self):
+        return "".join(token["text"] for token in self.tokens)
+
+    @property
+    def changed(self):
+        """Share of the tokens at which the memory put another candidate first than the base has."""
+        return sum(map(is_changed, self.tokens)) / max(1, len(self.tokens))
+
+    @property
+    def speed(self):
+        """Tokens a second."""
+        return (len(self.tokens) - self.kept) / max(self.seconds, 1e-9)
+
+    def record(self):
+        """The answer as plain data."""
+        return {"question": self.question, "answer": self.text, **dataclasses.asdict(self.settings),
+                "max_new_tokens": self.max_new_tokens, "seed": self.seed, "k": self.k, "kept": self.kept,
+                "seconds": round(self.seconds, 3), "tokens": self.tokens}
+
+    @classmethod
+    def of_record(cls, record, turns=()):
+        """The Answer of a record; turns: those that stood before it."""
+        settings = Settings(**{f.name: record[f.name] for f in dataclasses.fields(Settings)})
+        return cls(record["question"], list(turns), settings, record["max_new_tokens"], record["seed"], record["k"],
+                   record["kept"], record["tokens"], {}, record["seconds"])
+
+    def going_on(self, number, fresh):
+        """A fresh Answer to the same question, after this one's turns and beginning with its first `number` tokens."""
+        if number >= fresh.max_new_tokens:
+            raise UserError(f"The answer has {number} tokens before this one already; raise max new tokens.")
+        return dataclasses.replace(fresh, turns=self.turns, kept=number, tokens=self.tokens[:number])
+
+
+class Chat:
+    """A model with its datastore: writes Answers and explains their tokens."""
+
+    def __init__(self, model, store, template, chosen, max_turns=100, metrics=None, manifest=None):
+        self.model, self.store, self.template, self.chosen = model, store, template, chosen
+        self.max_turns, self.metrics, self.manifest = max_turns, metrics or {}, manifest or {}
+
+    @classmethod
+    def open(cls, options, manifest):
+        """Load everything the manifest names; raises UserError if the base model is not the one trained with."""
+        base = BaseLM.load(options.base_model or manifest["base_model"], manifest["dtype"], options.device)
+        if base.fingerprint != manifest["base_fingerprint"]:
+            raise UserError(f"The base model {base.name} is not the one this memory was trained with "
+                            f"({manifest['base_model']}); name that one with --base_model or train again.")
+        template, folder = Template.parse(manifest["template"], base), Path(options.model_dir)
+        decoder, store = MemoryDecoder.load(folder / "memory_decoder.pt"), Datastore.open(folder)
+        chosen = manifest["chosen"]
+        model = MemoryAugmentedLM(base, decoder, template, Gate(**chosen["gate"]), store)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return cls(model, store, template, chosen, options.max_turns, metrics, manifest)
+
+    def chosen_alpha(self, rule):
+        """The alpha that training chose for a rule, or for the mixture of probabilities that the rule is a case of."""
+        return self.chosen[f"alpha_{rule if rule in RULES else RULES[1]}"]
+
+    @property
+    def search_defaults(self):
+        """Neighbours and temperature of the rule kNN-LM as they were in training, or as near as the controls go."""
+        found = {"knn_k": self.metrics.get("k", 32), "knn_temperature": self.chosen["knn_temperature"]}
+        return {name: min(max(value, RANGES[name][0]), RANGES[name][1]) for name, value in found.items()}
+
+    def begin(self, message, turns=(), max_new_tokens=256, k=8, seed=None, **values):
+        """An Answer with no token yet; values: fields of Settings. Raises UserError for what no control of the page gives.
+
+        seed: the same whole number and settings give the same answer; None or "" draws one.
+        """
+        if not isinstance(message, str) or not message.strip():
+            raise UserError("Type a question first.")
+        values = self.search_defaults | values
+        if values.get("rule", RULES[0]) not in EVERY_RULE:
+            raise UserError(f"The blend rule is one of {', '.join(EVERY_RULE)}, not {values['rule']}.")
+        check_ranges(max_new_tokens=max_new_tokens, k=k, **{name: v for name, v in values.items() if name != "rule"})
+        seed, kinds = whole_seed(seed), {f.name: f.type for f in dataclasses.fields(Settings)}  # a slider may give 50 as 50.0
+        settings = Settings(**{name: kinds[name](value) for name, value in values.items()})
+        message, length = message.strip(), int(max_new_tokens)
+        self.model.check(settings.rule, len(self.model.base.encode(self.template.prompt(message))), length)
+        return Answer(message, list(turns)[max(0, len(turns) - self.max_turns):], settings, length,
+                      random.randrange(SEEDS) if seed is None else seed, int(k))
+
+    def write(self, answer, first=None):
+        """Yield the answer after each token that is added to it; first: the id of the first one, if it is not to be drawn."""
+        prompt = self.prompt(answer.question, answer.turns, answer.max_new_tokens)
+        kept = [token["id"] for token in answer.tokens]
+        for step in self.model.stream(prompt, answer.settings, answer.max_new_tokens, answer.seed, kept, first):
+            answer.states[len(answer.tokens)] = step.hidden
+            answer.tokens.append(self.token(step))
+            answer.seconds += step.seconds
+            yield answer
+
+    @property
+    def question(self):
+        """The name of the field that a user's message stands for."""
+        return self.template.fields[-2:][0]
+
+    def token(self, step):
+        """A Step as plain data."""
+        candidates = [{"id": i, "text": self.show(i), "base": short(b), "memory": short(m), "blended": short(p)}
+                      for i, b, m, p in step.candidates]
+        return {"id": step.token, "text": step.text, "end": step.token in self.model.ends, "base": short(step.base),
+                "memory": short(step.memory), "blended": short(step.blended), "alpha": short(step.alpha), "cut": short(step.cut),
+                "candidates": candidates}
+
+    def show(self, token):
+        """The text of one token; an end token and a piece of a character have none of their own."""
+        return END if token in self.model.ends else self.model.base.tokenizer.decode([token])
+
+    def prompt(self, message, turns, max_new_tokens):
+        """The text to continue: as many earlier turns as the base model's positions allow, then the message."""
+        base = self.model.base
+        while turns and len(base.encode(self.template.prompt(message, turns))) + max_new_tokens > base.max_positions:
+            turns = turns[1:]
+        return self.template.prompt(message, turns)
+
+    def trace(self, answer):
+        """Note the k nearest entries of every new token: pairs of squared distance and entry."""
+        if answer.states:
+            numbers = list(answer.states)
+            states = torch.stack([answer.states[number] for number in numbers]).numpy()
+            for number, *found in zip(numbers, *self.store.search(states, min(answer.k, len(self.store))), strict=True):
+                answer.tokens[number]["neighbours"] = [(short(d), int(i)) for d, i in zip(*found, strict=True) if i >= 0]
+            answer.states.clear()
+        return answer
+
+    def passages(self, neighbours):
+        """What stands behind pairs of squared distance and entry: for each its passage as plain data, the nearest first.
+
+        before, token, after: the passage, the token being the one that the entry remembers. weight: of the kNN distribution.
+        """
+        D = np.array([[distance for distance, _ in neighbours]], np.float32)
+        weights = knn_weights(D, self.chosen["knn_temperature"])[0] if neighbours else []
+        return [self.passage(entry) | {"distance": distance, "weight": short(weight)}
+                for (distance, entry), weight in zip(neighbours, weights, strict=True)]
+
+    def passage(self, entry):
+        base, number, here = self.model.base, int(self.store.example[entry]), int(self.store.position[entry]) + 1
+        row = self.store.rows[number]
+        ids = encode_row(base, self.template, row)
+        # The title is the question's, so what stands in the answer is shown from its beginning at most.
+        before = self.template.render(row)[:2 * len(self.template.parts) - 2]  # words and fields, to the words before the answer
+        answer = shared_prefix(base.encode([*before, self.template.reply]), ids)
+        first = answer if here >= answer else self.model.skipped(ids)
+        start = max(first, here - SNIPPET)
+        before, token, after = (base.tokenizer.decode(part, skip_special_tokens=True)
+                                for part in (ids[start:here], ids[here:here + 1], ids[here + 1:here + 12]))
+        return {"entry": entry, "row": number, "title": " ".join(row[self.template.fields[0]].split()),
+                "before": ("" if start == first else "… ") + before, "token": token or END, "after": after}
+
+    def voices(self, answer):
+        """Yield three Answers as they grow in turn: the base alone, the answer's own blend, and the memory alone."""
+        blend = RULES[1] if answer.settings.rule in (AUTO, KNN) else answer.settings.rule
+        alone = KNN if answer.settings.rule == KNN else blend
+        ends = [dataclasses.replace(answer.settings, alpha=alpha, rule=rule) for alpha, rule in ((0, blend), (1, alone))]
+        answers = [dataclasses.replace(answer, settings=settings, tokens=[], states={})
+                   for settings in (ends[0], answer.settings, ends[1])]
+        writing = [self.write(each) for each in answers]
+        while writing:
+            writing = [voice for voice in writing if next(voice, None) is not None]
+            yield answers
+
+    def explore(self, question, text):
+        """How probable an answer is over alpha, under both rules and the gate, as perplexities a token.
+
+        Returns alpha (A,), logits (A,), probabilities (A,), auto, mean_auto_alpha and tokens, the number of the answer's.
+        """
+        base, model = self.model.base, self.model
+        if not question.strip() or not text.strip():
+            raise UserError("Type a question and an answer first.")
+        ids = encode_to_end(base, self.template, self.template.answered(question.strip(), text.strip()))
+        begin = min(shared_prefix(base.encode(self.template.prompt(question.strip())), ids), len(ids) - 1)
+        if len(ids) > base.max_positions:
+            raise UserError(f"Question and answer have {len(ids)} tokens, but {base.name} reads at most {base.max_positions}.")
+        skip = model.skipped(ids)
+        scores = evaluation.score_positions(base, model.decoder, [Window(0, ids, skip, skip)], sweep=True)
+        auto, alpha = evaluation.gated(model.gate, scores, evaluation.evidence_before(scores))
+        own = slice(max(0, begin - 1 - skip), None)
+        mixed = evaluation.mix_probabilities(scores["base"][own], scores["memory"][own])
+        return {"alpha": evaluation.ALPHAS.tolist(), "logits": evaluation.perplexities(scores["blend_logits"][own]).tolist(),
+                "probabilities": evaluation.perplexities(mixed).tolist(), "auto": evaluation.perplexity(auto[own]),
+                "mean_auto_alpha": float(alpha[own].mean()), "tokens": len(auto[own])}
+
+
+def is_changed(token):
+    """Whether the memory put another candidate first than the base has; noted where the candidates were not kept."""
+    if "candidates" not in token:
+        return token["changed"]
+    return max(token["candidates"], key=lambda c: c["base"])["id"] != token["candidates"][0]["id"]
+
+
+def logprobs(tokens):
+    """Tokens in the shape in which language model APIs give log probabilities, those of base and memory beside the blend's."""
+    def entry(text, chances):
+        logs = {name: float(np.log(max(chances[key], 1e-45))) for name, key in
+                (("logprob", "blended"), ("base_logprob", "base"), ("memory_logprob", "memory"))}
+        return {"token": text, "id": chances["id"], "bytes": list(text.encode()), **logs}
+    return {"content": [entry(t["text"], t) | {"alpha": t["alpha"], "top_logprobs": [entry(c["text"], c) for c in t["candidates"]]}
+                        for t in tokens]}
+
+
+def short(value):
+    """A number to five digits, since a record may go through a browser's small storage."""
+    return float(f"{value:.5g}")
+
+
+def check_ranges(**values):
+    """Raise UserError for a value that no slider would give."""
+    for name, value in values.items():
+        low, high = RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise UserError(f"{name} must be from {low:g} to {high:g}, not {value}.")
+
+
+def whole_seed(seed):
+    """The seed as an int, from a number or its digits, or None for a new draw if it is empty; else raises UserError."""
+    text = "" if seed is None else str(seed).strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(SEEDS)) and int(text) < SEEDS):
+        raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {text[:40]}.")
+    return int(text)

@@ -1,0 +1,210 @@
+"""What happens on the page: one visitor's answers, and a handler for each thing that may be done."""
+
+import contextlib
+import html
+import json
+
+import gradio as gr
+import pandas as pd
+
+import panels
+from api import refusal
+from chat import Answer, check_ranges, is_changed
+from command import UserError
+from generation import RULES
+
+KEPT_TURNS = 20  # in the browser
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another version may raise
+# The controls, in the order in which handlers get their values.
+CONTROLS = ("alpha", "temperature", "top_k", "max_new_tokens", "k", "rule", "seed", "no_repeat", "knn_k", "knn_temperature")
+
+
+class Session:
+    """What one visitor has asked. Its handlers run beside each other, so stop and clear only say what is wanted."""
+
+    def __init__(self):
+        self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops whatever is being written
+
+    def turns(self, number=None):
+        """(question, answer) pairs of the first `number` questions."""
+        return [(answer.question, answer.text) for answer in self.answers[:number] if answer.text.strip()]
+
+    def messages(self):
+        """Gradio's messages: all but the last answer, which stands below as tokens.
+
+        Escaped, since gr.Chatbot takes what looks like HTML for HTML, whatever it is told of Markdown.
+        """
+        said = [{"role": role, "content": html.escape(text, quote=False)} for answer in self.answers
+                for role, text in (("user", answer.question), ("assistant", answer.text or panels.NO_ANSWER))]
+        return said[:-1]
+
+    def records(self):
+        """The answers as plain data; the candidates of earlier ones are left out, since a browser keeps little."""
+        kept = [answer.record() for answer in self.answers[-KEPT_TURNS:]]
+        slim = [{**record, "tokens": [{k: v for k, v in t.items() if k != "candidates"} | {"changed": is_changed(t)}
+                                      for t in record["tokens"]]} for record in kept[:-1]]
+        return slim + kept[-1:]
+
+    def stop(self):
+        self.writing = None
+
+    def change(self, value, name):
+        """A control that was moved acts at the next token of what is being written."""
+        with contextlib.suppress(UserError):  # a number that is still being typed
+            check_ranges(**{name: value})
+            if self.writing:
+                setattr(self.writing.settings, name, type(getattr(self.writing.settings, name))(value))
+
+    def restore(self, records):
+        """Take up the answers of an earlier visit; none of them, if they are not as this version writes them."""
+        self.answers = []
+        try:
+            for record in records:
+                self.answers.append(Answer.of_record(record, self.turns()))
+        except NONSENSE:
+            self.answers = []
+
+
+class Desk:
+    """Handlers over a Chat. Those that write tokens are generators."""
+
+    def __init__(self, chat):
+        self.chat = chat
+
+    def shown(self, session, colouring, opened=None, stopped=False):
+        """(chat, tokens, facts, candidates, passages) of the session's last answer."""
+        if not session.answers:
+            return [], "", "", "", ""
+        answer, name = session.answers[-1], panels.COLOURINGS[colouring][0]
+        found = self.token_panels(answer, opened) if opened is not None else ("", "")
+        return session.messages(), panels.tokens(answer, name, opened), panels.facts(answer, stopped), *found
+
+    def token_panels(self, answer, number):
+        """(candidates, passages) of one token."""
+        token = answer.tokens[number]
+        found = self.chat.passages(token.get("neighbours", [])[:answer.k])
+        title = f"Stored texts nearest to this place, and the token that each went on with ({len(found)})"
+        return panels.candidates(answer, number), panels.passages(found, title)
+
+    @staticmethod
+    def most_changed(answer):
+        """The number of the token whose probability the memory raised most, among those just written."""
+        new = range(answer.kept, len(answer.tokens))
+        return max(new, key=lambda i: answer.tokens[i]["blended"] - answer.tokens[i]["base"], default=None)
+
+    def write(self, session, answer, colouring, first=None):
+        """Write an answer into the session, which may be stopped or cleared meanwhile; yields what is shown."""
+        session.writing = answer
+        yield self.shown(session, colouring)
+        try:
+            for _ in self.chat.write(answer, first):
+                if session.writing is not answer:
+                    break
+                tokens = panels.tokens(answer, panels.COLOURINGS[colouring][0])
+                yield gr.skip(), tokens, panels.facts(answer), gr.skip(), gr.skip()
+        finally:
+            stopped, session.writing = session.writing is not answer, None
+            self.chat.trace(answer)
+        here = bool(session.answers) and session.answers[-1] is answer  # it may have been cleared or undone
+        yield self.shown(session, colouring, self.most_changed(answer) if here else None, here and stopped)
+
+    def ask(self, session, message, colouring, *controls, number=None):
+        """Answer a message in the place of question `number` and of all behind it; None: behind the last."""
+        number = len(session.answers) if number is None else number
+        answer = self.begin(message, session.turns(number), *controls)
+        session.answers[number:] = [answer]
+        yield from self.write(session, answer, colouring)
+
+    def again(self, session, colouring, *controls):
+        """Answer the last question anew."""
+        if not session.answers:
+            raise gr.Error("There is no question to ask again.", title="Nothing yet", print_exception=False)
+        last = len(session.answers) - 1
+        yield from self.ask(session, session.answers[last].question, colouring, *controls, number=last)
+
+    def edited(self, session, colouring, event: gr.EditData, *controls):
+        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        yield from self.ask(session, html.unescape(event.value), colouring, *controls, number=index // 2)
+
+    def go_on(self, session, colouring, event: gr.EventData, *controls):
+        """Take another candidate at a token of the last answer, and write on from there."""
+        old = session.answers[-1]
+        try:
+            answer = old.going_on(event.number, self.begin(old.question, [], *controls))
+        except UserError as error:
+            raise refusal(error) from None
+        session.answers[-1] = answer
+        yield from self.write(session, answer, colouring, event.token)
+
+    def begin(self, message, turns, *controls):
+        """An Answer from the values of the page's controls."""
+        try:
+            return self.chat.begin(message, turns, **dict(zip(CONTROLS, controls, strict=True)))
+        except UserError as error:
+            raise refusal(error) from None
+
+    def open_token(self, session, colouring, event: gr.EventData):
+        if session.writing or not session.answers or event.number >= len(session.answers[-1].tokens):
+            return gr.skip(), gr.skip(), gr.skip()
+        answer = session.answers[-1]
+        return panels.tokens(answer, panels.COLOURINGS[colouring][0], event.number), *self.token_panels(answer, event.number)
+
+    def clear(self, session, colouring):
+        session.writing, session.answers = None, []
+        return self.shown(session, colouring)
+
+    def undo(self, session, colouring):
+        """Take the last question back into the box."""
+        session.writing = None
+        question = session.answers.pop().question if session.answers else ""
+        return *self.shown(session, colouring), question
+
+    def coloured(self, session, colouring):
+        name = panels.COLOURINGS[colouring][0]
+        return panels.legend(colouring), panels.tokens(session.answers[-1], name) if session.answers else ""
+
+    def restore(self, records, session, colouring):
+        """What the browser kept of an earlier visit."""
+        if records and not session.answers:
+            session.restore(records)
+        try:
+            return self.shown(session, colouring)
+        except NONSENSE:
+            return self.clear(session, colouring)
+
+    def take(self, session):
+        return (session.answers[-1].question, session.answers[-1].text) if session.answers else ("", "")
+
+    def voices(self, session, message, colouring, *controls):
+        answer = self.begin(message, [], *controls)
+        session.writing = answer
+        name, shown = panels.COLOURINGS[colouring][0], ""
+        for answers in self.chat.voices(answer):
+            shown = panels.voices(answers, name)
+            if session.writing is not answer:
+                break
+            yield shown
+        session.writing = None
+        yield shown
+
+    def explore(self, question, text, alpha):
+        try:
+            found = self.chat.explore(question, text)
+        except UserError as error:
+            raise refusal(error) from None
+        lines = [(a, p, rule) for rule in RULES for a, p in zip(found["alpha"], found[rule], strict=True)]
+        lines += [(a, found["auto"], "automatic alpha") for a in (0, 1)]
+        least, most = min(p for _, p, _ in lines), max(p for _, p, _ in lines)
+        lines += [(alpha, least, "the slider"), (alpha, most, "the slider")]
+        best = {rule: min(zip(found[rule], found["alpha"], strict=True)) for rule in RULES}
+        words = (f"{found['tokens']} tokens. Base alone {found['logits'][0]:.2f}, memory alone {found['logits'][-1]:.2f}; "
+                 "the best fixed alpha: " + ", ".join(f"{p:.2f} at {a:.2f} for {rule}" for rule, (p, a) in best.items())
+                 + f". The gate: {found['auto']:.2f}, with alpha {found['mean_auto_alpha']:.2f} on average.")
+        return gr.LinePlot(pd.DataFrame(lines, columns=["alpha", "perplexity", "rule"]), visible=True), words
+
+    def export(self, session):
+        """The whole conversation as JSON, with the passages behind each token."""
+        records = [answer.record() for answer in session.answers]
+        for record in records:
+            record["tokens"] = [token | {"passages": self.chat.passages(token.get("neighbours", []))} for token in record["tokens"]]
+        return json.dumps({"base_model": self.chat.model.base.name, "answers": records}, ensure_ascii=False, indent=1)
