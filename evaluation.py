@@ -9,11 +9,11 @@ import json
 import math
 import sys
 
-import matplotlib
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -21,9 +21,6 @@ from datastore import hidden_batches, knn_weights
 from generation import Evidence, Gate, opinions
 from memory_decoder import LOGITS_AT_ONCE
 from texts import Window, entries_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
@@ -275,20 +272,21 @@ def peak_memory():
 
 def plot_losses(losses, path):
     """Training loss, KL and cross-entropy over the steps; losses: rows of (step, loss, kl, ce)."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     columns = np.array(losses, dtype=float).reshape(-1, 4).T
     for label, column in zip(("loss", "KL to the kNN distribution", "cross-entropy"), columns[1:], strict=True):
         axes.plot(columns[0], column, label=label)
     axes.set(xlabel="step", ylabel="nats a position", title="MemoryDecoder training")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_sweep(metrics, path):
     """Held-out perplexity over alpha under both rules, beside the base and kNN-LM."""
     sweep, held = metrics["alpha_sweep"], metrics["held_out"]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for rule in ("logits", "probabilities"):
         axes.plot(sweep["alpha"], sweep[rule], marker=".", label=f"blend of {rule}")
     axes.axhline(held["base"], color="gray", linestyle="--", label="base alone")
@@ -298,4 +296,3 @@ def plot_sweep(metrics, path):
         axes.set_yscale("log")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
