@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 
 from base_model import Literal
@@ -235,8 +236,6 @@ def entries_of(windows):
 
 def read_table(source):
     """A hub dataset (split train) or a local JSON, JSONL, CSV or Parquet file, as datasets gives it."""
-    import datasets  # here, since a chat reads no dataset and need not wait for the import
-
     path = Path(source)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
     try:
