@@ -51,8 +51,9 @@ class Answer:
 
     @property
     def changed(self):
-        """Share of the tokens at which the memory put another candidate first than the base has."""
-        return sum(map(is_changed, self.tokens)) / max(1, len(self.tokens))
+        """Share of the tokens just written at which the memory put another candidate first than the base has."""
+        new = self.tokens[self.kept:]
+        return sum(map(is_changed, new)) / max(1, len(new))
 
     @property
     def speed(self):

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from chat import VOICES
+from generation import AUTO, KNN
 
 COLOURINGS = {
     "memory's effect": ("effect", "blue: the memory made the token less probable", "orange: it made it more probable"),
@@ -23,7 +24,6 @@ NAMES = ("base", "memory", "blended")
 CSS = """
 :root { --color-accent: #4f46e5; } .dark { --color-accent: #a5b4fc; }  /* contrast on the page's ground */
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; padding: .2em .1em; }
-.answer:empty { display: none; }
 .token { border-radius: 4px; padding: 1px 0; cursor: pointer; }
 .token:hover, .token:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 0; }
 .token.open { outline: 2px solid var(--body-text-color); }
@@ -54,8 +54,8 @@ CSS = """
 .candidates tr.out { opacity: .75; }
 .candidates tr.cut td { border-top: 2px dashed var(--body-text-color-subdued); }
 .bar { display: block; height: .5em; border-radius: 2px; min-width: 1px; }
-.base .bar, .bar.base { background: rgb(110 120 135); } .memory .bar, .bar.memory { background: rgb(234 120 20); }
-.blended .bar, .bar.blended { background: rgb(40 110 230); }
+.base .bar { background: rgb(110 120 135); } .memory .bar { background: rgb(234 120 20); }
+.blended .bar { background: rgb(40 110 230); }
 .passage { border-left: 3px solid var(--color-accent); padding: 0 0 0 .7em; margin: 0 0 .9em; font-size: .92em;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .passage mark { background: rgb(234 120 20 / 30%); color: inherit; border-radius: 3px; padding: 0 2px; font-weight: 600; }
@@ -132,13 +132,16 @@ def legend(colouring):
     return f'<div class="legend">{scale}<span>Click a token to open it.</span></div>'
 
 
+def alpha_of(settings):
+    return "alpha chosen at each token" if settings.rule == AUTO else f"alpha {settings.alpha:g}"
+
+
 def facts(answer, stopped=False):
     """One line about how an answer was made."""
     settings, count = answer.settings, len(answer.tokens) - answer.kept
-    alpha = "alpha chosen at each token" if settings.rule == "auto" else f"alpha {settings.alpha:g}"
-    search = f", {settings.knn_k} neighbours searched at every token" if settings.rule == "kNN-LM" else ""
+    search = f", {settings.knn_k} neighbours searched at every token" if settings.rule == KNN else ""
     return (f'<div class="facts">{"stopped after " if stopped else ""}{count} tokens, {answer.speed:.1f} a second; the memory '
-            f"changed the first choice at {answer.changed:.0%} of them. Rule {settings.rule}, {alpha}{search}, "
+            f"changed the first choice at {answer.changed:.0%} of them. Rule {settings.rule}, {alpha_of(settings)}{search}, "
             f"seed {answer.seed}.</div>")
 
 
@@ -195,9 +198,8 @@ def passages(found, heading):
 def voices(answers, colouring="effect"):
     """Three answers side by side."""
     def box(name, answer):
-        settings = answer.settings
-        alpha = "alpha chosen at each token" if settings.rule == "auto" else f"alpha {settings.alpha:g}"
-        return (f'<div class="voice"><h2>{name} <span class="facts">{alpha}</span></h2>{tokens(answer, colouring, clickable=False)}'
+        return (f'<div class="voice"><h2>{name} <span class="facts">{alpha_of(answer.settings)}</span></h2>'
+                f"{tokens(answer, colouring, clickable=False)}"
                 f'<div class="facts">{len(answer.tokens)} tokens, {answer.speed:.1f} a second; first choice changed by the memory '
                 f"at {answer.changed:.0%}</div></div>")
     return f'<div class="voices">{"".join(map(box, VOICES, answers))}</div>'

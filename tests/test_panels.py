@@ -106,8 +106,8 @@ def test_spaces_and_line_ends_of_a_token_can_be_seen():
 
 def test_the_facts_name_count_speed_share_rule_and_seed():
     changed = token(more=[candidate(2, "b", 0.5, 0.1, 0.3)])  # the base would have said b
-    line = panels.facts(answer(token(), changed, changed, rule="auto", kept=1))
-    assert "2 tokens, 1.0 a second" in line and "67%" in line and "alpha chosen at each token" in line and "seed 7" in line
+    line = panels.facts(answer(changed, token(), changed, rule="auto", kept=1))
+    assert "2 tokens, 1.0 a second" in line and "50% of them" in line and "alpha chosen at each token" in line and "seed 7" in line
     assert "stopped after" not in line and "stopped after 2" in panels.facts(answer(token(), changed, changed, kept=1), True)
     assert "alpha 0.3" in panels.facts(answer(token(), alpha=0.3))
     assert "5 neighbours" in panels.facts(answer(token(), rule="kNN-LM", knn_k=5))
