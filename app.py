@@ -119,6 +119,9 @@ def main():
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # what reads the answer has seen enough; Python would speak of it again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if "port" not in str(error).lower():
             raise
