@@ -83,8 +83,9 @@ class Answer:
 class Chat:
     """A model with its datastore: writes Answers and explains their tokens."""
 
-    def __init__(self, model, store, template, chosen, max_turns=100, metrics=None, manifest=None):
-        self.model, self.store, self.template, self.chosen = model, store, template, chosen
+    def __init__(self, model, store, templates, chosen, max_turns=100, metrics=None, manifest=None):
+        """templates: of the examples' sources; questions are asked in the form of the first."""
+        self.model, self.store, self.templates, self.template, self.chosen = model, store, templates, templates[0].asked, chosen
         self.max_turns, self.metrics, self.manifest = max_turns, metrics or {}, manifest or {}
 
     @classmethod
@@ -94,12 +95,12 @@ class Chat:
         if base.fingerprint != manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
-        template, folder = Template.parse(manifest["template"], base), Path(options.model_dir)
+        templates, folder = [Template.parse(source["template"], base) for source in manifest["sources"]], Path(options.model_dir)
         decoder, store = MemoryDecoder.load(folder / "memory_decoder.pt"), Datastore.open(folder)
         chosen = manifest["chosen"]
-        model = MemoryAugmentedLM(base, decoder, template, Gate(**chosen["gate"]), store)
+        model = MemoryAugmentedLM(base, decoder, templates[0].asked, Gate(**chosen["gate"]), store)
         metrics = json.loads((folder / "metrics.json").read_text())
-        return cls(model, store, template, chosen, options.max_turns, metrics, manifest)
+        return cls(model, store, templates, chosen, options.max_turns, metrics, manifest)
 
     def chosen_alpha(self, rule):
         """The alpha that training chose for a rule, or for the mixture of probabilities that the rule is a case of."""
@@ -139,10 +140,9 @@ class Chat:
             answer.seconds += step.seconds
             yield answer
 
-    @property
-    def question(self):
-        """The name of the field that a user's message stands for."""
-        return self.template.fields[-2:][0]
+    def questions(self):
+        """What may be asked about the memory's examples, each question once."""
+        return list(dict.fromkeys(self.templates[example.source].question(example) for example in self.store.examples))
 
     def token(self, step):
         """A Step as plain data."""
@@ -184,17 +184,18 @@ class Chat:
                 for (distance, entry), weight in zip(neighbours, weights, strict=True)]
 
     def passage(self, entry):
+        """One entry as plain data: its example's name and title, the token that it remembers, and the text around it."""
         base, number, here = self.model.base, int(self.store.example[entry]), int(self.store.position[entry]) + 1
-        row = self.store.rows[number]
-        ids = encode_row(base, self.template, row)
+        example = self.store.examples[number]
+        template = self.templates[example.source]
+        ids = encode_row(base, template, example.row)
         # The title is the question's, so what stands in the answer is shown from its beginning at most.
-        before = self.template.render(row)[:2 * len(self.template.parts) - 2]  # words and fields, to the words before the answer
-        answer = shared_prefix(base.encode([*before, self.template.reply]), ids)
+        answer = shared_prefix(base.encode(template.begun(example.row)), ids)
         first = answer if here >= answer else self.model.skipped(ids)
         start = max(first, here - SNIPPET)
         before, token, after = (base.tokenizer.decode(part, skip_special_tokens=True)
                                 for part in (ids[start:here], ids[here:here + 1], ids[here + 1:here + 12]))
-        return {"entry": entry, "row": number, "title": " ".join(row[self.template.fields[0]].split()),
+        return {"entry": entry, "row": number, "name": example.name, "title": template.title(example),
                 "before": ("" if start == first else "… ") + before, "token": token or END, "after": after}
 
     def voices(self, answer):

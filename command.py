@@ -18,7 +18,8 @@ def option(default, text, **more):
 def parse_options(options, description, arguments, presets):
     """Return an `options` dataclass filled from command-line arguments (None: those of this process).
 
-    presets: {flag: {name: default}}. A flag that is set changes defaults, so a value given beside it wins.
+    presets: {flag: {name: default}, or a function of the options that returns it}. A flag that is set changes defaults, so a
+    value given beside it wins.
     """
     parser = HfArgumentParser(options, description=description, allow_abbrev=False)
     for _ in range(2):
@@ -27,7 +28,7 @@ def parse_options(options, description, arguments, presets):
             parser.error(f"unknown: {' '.join(unknown)} (--help lists the options)")
         for flag, defaults in presets.items():
             if getattr(parsed, flag):
-                parser.set_defaults(**defaults)
+                parser.set_defaults(**(defaults(parsed) if callable(defaults) else defaults))
     return parsed
 
 
@@ -40,3 +41,8 @@ def fail(sentence):
     """Print the sentence as an error and return the exit code 2."""
     print(f"error: {sentence}", file=sys.stderr)
     return 2
+
+
+def whole_text(text):
+    """The text with U+FFFD in place of each half of a surrogate pair; two halves that belong together become their character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

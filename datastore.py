@@ -15,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from command import UserError, one_line
+from rows import Example
 
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
 PROBED = 64  # a search looks into one of so many inverted lists
 SEARCH_CHUNK = 8192  # queries a faiss call
+FOUND_AT_ONCE = 2_000_000  # neighbours that one call may find, at some 60 bytes each
 
 
 def write_atomically(path, text):
@@ -39,12 +41,17 @@ def hidden_batches(base, windows, batch_size):
         yield first, torch.cat([h[w.skip:len(w.ids) - 1] for h, w in zip(hidden, batch, strict=True)])
 
 
-def write_keys(base, windows, offsets, path, batch_size):
-    """Append the keys (N, H) fp16 of all windows to the file `path`, going on behind the whole batches it holds."""
+def write_keys(base, windows, offsets, path, batch_size, known=0):
+    """Append the keys (N, H) fp16 of all windows to the file `path`, going on behind the whole batches it holds.
+
+    known: how many windows' keys the file holds from another source than the base.
+    """
     row = 2 * base.width
     done = path.stat().st_size // row if path.exists() else 0
-    starts = offsets[:-1][::batch_size]
-    first = batch_size * max(0, int(np.searchsorted(starts, done, side="right")) - 1) if done < offsets[-1] else len(windows)
+    starts = offsets[known:-1][::batch_size]
+    first = len(windows)
+    if done < offsets[-1]:
+        first = known + batch_size * max(0, int(np.searchsorted(starts, done, side="right")) - 1)
     with open(path, "ab") as file, tqdm(total=int(offsets[-1]), initial=int(offsets[first]), desc="keys",
                                         unit="entry", mininterval=1) as bar:
         file.truncate(int(offsets[first]) * row)
@@ -59,6 +66,14 @@ def write_keys(base, windows, offsets, path, batch_size):
 
 def open_keys(path, width):
     return np.memmap(path, dtype=np.float16, mode="r").reshape(-1, width)
+
+
+def grow_index(path, keys, first, mean):
+    """The faiss index of a file with the keys (N, H) from `first` on added."""
+    index = faiss.read_index(str(path))
+    for i in range(first, len(keys), 65536):
+        index.add(keys[i:i + 65536].astype(np.float32) - mean)
+    return index
 
 
 def choose_index(entries, width, memory):
@@ -115,12 +130,34 @@ def seen_tokens(entries):
     return seen, float(max(alone, 1) / (len(entries.values) + 1))
 
 
+def copy_keys(source, wanted, path, width):
+    """Begin the file `path` with the wanted entries' keys of another file, if it does not hold them already."""
+    if path.exists() and path.stat().st_size >= 2 * width * len(wanted):
+        return
+    keys = open_keys(source, width)
+    with open(path, "wb") as file:
+        for i in range(0, len(wanted), 65536):
+            file.write(keys[wanted[i:i + 65536]].tobytes())
+
+
+def write_examples(examples, path):
+    """Write Examples to a file, one JSON object a line."""
+    lines = [json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_examples(path):
+    """The Examples of a file that write_examples wrote."""
+    with open(path, encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028
+        return [Example(**json.loads(line)) for line in lines]
+
+
 class Datastore:
     """The entries and their index: search by hidden state, and trace what was found back to its text."""
 
-    def __init__(self, index, mean, values, example, position, rows):
+    def __init__(self, index, mean, values, example, position, examples):
         self.index, self.mean, self.values = index, mean, values
-        self.example, self.position, self.rows = example, position, rows
+        self.example, self.position, self.examples = example, position, examples
 
     @classmethod
     def open(cls, folder):
@@ -130,9 +167,7 @@ class Datastore:
             example, position, mean = entries["example"], entries["position"], entries["mean"]
         values = np.load(folder / "datastore_values.npy", allow_pickle=False)
         index = faiss.read_index(str(folder / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
-        with open(folder / "examples.jsonl", encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028
-            rows = [json.loads(line) for line in lines]
-        return cls(index, mean, values, example, position, rows)
+        return cls(index, mean, values, example, position, read_examples(folder / "examples.jsonl"))
 
     def __len__(self):
         return len(self.values)
@@ -154,17 +189,29 @@ class Datastore:
         """As search, leaving out for each query the entries of its own example (Q,)."""
         D = np.full((len(queries), k), np.inf, np.float32)
         I = np.full((len(queries), k), -1, np.int64)
-        left, fetch = np.arange(len(queries)), min(len(self), k + k // 2 + 8)
-        while len(left):
-            found_D, found_I = self.search(queries[left], fetch)
-            other = (found_I >= 0) & (self.example[found_I] != example[left, None])
-            rank = np.cumsum(other, axis=1)
-            enough = (rank[:, -1] >= k) | (found_I[:, -1] < 0) | (fetch == len(self))
-            row, column = np.nonzero(other & (rank <= k) & enough[:, None])
-            D[left[row], rank[row, column] - 1] = found_D[row, column]
-            I[left[row], rank[row, column] - 1] = found_I[row, column]
-            left, fetch = left[~enough], min(len(self), 4 * fetch)
+        few = np.full(len(queries), k + k // 2 + 8)  # mostly enough; so many that all of its own may come first, always
+        left = self._fill_others(np.arange(len(queries)), few, queries, example, D, I)
+        own = np.bincount(self.example, minlength=int(example.max(initial=0)) + 1)[example]
+        left = left[np.argsort(own[left], kind="stable")]
+        self._fill_others(left, k + own, queries, example, D, I)
         return D, I
+
+    def _fill_others(self, numbers, fetch, queries, example, D, I):
+        """Fill rows of D and I (Q, K) from the fetch (Q,) nearest entries each; returns the numbers of those that lack some."""
+        lacking, first, k = [], 0, D.shape[1]
+        while first < len(numbers):
+            here = numbers[first:first + SEARCH_CHUNK]
+            here = here[:max(1, FOUND_AT_ONCE // int(fetch[here].max()))]
+            first += len(here)
+            count = min(len(self), int(fetch[here].max()))
+            found_D, found_I = self.search(queries[here], count)
+            other = (found_I >= 0) & (self.example[found_I] != example[here, None])
+            rank = np.cumsum(other, axis=1)
+            row, column = np.nonzero(other & (rank <= k))
+            D[here[row], rank[row, column] - 1] = found_D[row, column]
+            I[here[row], rank[row, column] - 1] = found_I[row, column]
+            lacking.append(here[(rank[:, -1] < k) & (found_I[:, -1] >= 0) & (count < len(self))])
+        return np.concatenate(lacking) if lacking else numbers
 
     def recall(self, keys, k, sample=200, seed=0):
         """Share of the exact k nearest entries that the index finds, over a sample of the stored keys (N, H)."""
@@ -180,20 +227,37 @@ class Datastore:
         return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(exact.I, I, strict=True)]))
 
 
-def find_neighbours(store, keys, k, folder):
-    """Write D fp32 and I int32 (N, K) of every entry, its own example left out, going on where a run stopped."""
+def find_neighbours(store, keys, k, folder, earlier=None):
+    """Write D fp32 and I int32 (N, K) of every entry, its own example left out, going on where a run stopped.
+
+    earlier: a folder with D and I of the first entries, which then are only compared with the new ones.
+    """
     shape, done_file = (len(keys), k), folder / "neighbours_done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else 0
     mode = "r+" if done else "w+"
     D = np.lib.format.open_memmap(folder / "neighbours_D.npy", mode=mode, dtype=np.float32, shape=shape)
     I = np.lib.format.open_memmap(folder / "neighbours_I.npy", mode=mode, dtype=np.int32, shape=shape)
+    known = [np.load(earlier / f"neighbours_{name}.npy", mmap_mode="r") for name in "DI"] if earlier else None
+    old = len(known[0]) if known else 0
     with tqdm(total=len(keys), initial=done, desc="neighbours", unit="entry") as bar:
-        for i in range(done, len(keys), SEARCH_CHUNK):
-            rows = slice(i, i + SEARCH_CHUNK)
-            D[rows], I[rows] = store.search_others(keys[rows], store.example[rows], k)
+        while done < len(keys):
+            rows = slice(done, min(done + SEARCH_CHUNK, old if done < old else len(keys)))
+            if done < old:
+                D[rows], I[rows] = nearer(known[0][rows], known[1][rows], keys[rows], keys[old:], store.mean, old)
+            else:
+                D[rows], I[rows] = store.search_others(keys[rows], store.example[rows], k)
             D.flush(), I.flush()
-            write_atomically(done_file, json.dumps(min(i + SEARCH_CHUNK, len(keys))))
-            bar.update(len(keys[rows]))
+            done = rows.stop
+            write_atomically(done_file, json.dumps(done))
+            bar.update(rows.stop - rows.start)
+
+
+def nearer(D, I, queries, new, mean, first):
+    """The K nearest (Q, K) among neighbours D, I (Q, K) and new keys (M, H) of other examples, whose entries begin at `first`."""
+    new_D, new_I = faiss.knn(queries.astype(np.float32) - mean, new.astype(np.float32) - mean, min(D.shape[1], len(new)))
+    D, I = np.concatenate([D, np.maximum(new_D, 0)], 1), np.concatenate([I, new_I + first], 1)
+    order = np.argsort(D, axis=1, kind="stable")[:, :I.shape[1] - new_I.shape[1]]
+    return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
 
 
 def knn_weights(D, temperature):

@@ -247,6 +247,22 @@ def report_table(metrics):
     return "\n".join(lines)
 
 
+def change_table(metrics):
+    """The Markdown table of what adding and forgetting changed."""
+    changed, held, lines = metrics["changed"], metrics["held_out"], []
+    for what in ("added", "forgotten"):
+        if what in changed:
+            lines.append(f"{what}: {changed[what]['names']}")
+    lines += ["", "| | before | after |", "|---|---:|---:|", "| entries | {:,} | {:,} |".format(*changed["entries"])]
+    for what in ("added", "forgotten"):
+        if what in changed:
+            found = changed[what]
+            lines.append(f"| {what} text, memory alone (base {found['base']:.2f}) | {found['before']:.2f} | {found['after']:.2f} |")
+    lines += [f"| held-out text, {name} | {changed['held_out'][key]:.2f} | {held[key]:.2f} |"
+              for name, key in (("base", "base"), ("memory alone", "memory"), ("automatic alpha", "blend_auto"))]
+    return "\n".join(lines)
+
+
 def write_report(metrics, folder):
     """Write metrics.json, report.md, loss_curve.png and alpha_sweep.png."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -254,6 +270,7 @@ def write_report(metrics, folder):
                         for stage, value in metrics["seconds"].items())
     (folder / "report.md").write_text(
         f"# Held-out report\n\n{report_table(metrics)}\n\n"
+        + (f"## What changed\n\n{change_table(metrics)}\n\n" if "changed" in metrics else "") +
         f"{metrics['held_out']['positions']:,} positions reported, {metrics['chosen']['positions']:,} others to choose on; "
         f"{metrics['entries']:,} entries, K {metrics['k']}.\n\nSeconds: {seconds}. "
         f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n")

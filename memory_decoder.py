@@ -180,6 +180,26 @@ class MemoryDecoder(nn.Module):
             for layer in (block.out, block.mlp[-1]):
                 nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
+    @torch.no_grad()
+    def grown(self, seen, backoff, head, dropout=0.0):
+        """A decoder that has learned the same and knows more tokens; seen: ids (V''), head: the base's output weights (V'', H).
+
+        A token that is new gets the row that the others' rows, learned, suggest for its row in the head: by least squares.
+        """
+        decoder = MemoryDecoder(seen=seen, backoff=backoff, dropout=dropout, **self.sizes).to(head.device)
+        kept = {name: value for name, value in self.state_dict().items()
+                if name not in ("seen", "scale", "backoff", "output_projection.weight", "output_projection.bias")}
+        decoder.load_state_dict(kept, strict=False)
+        places = torch.searchsorted(decoder.seen, self.seen.to(head.device))
+        x = F.pad(head.float(), (0, 1), value=1.0)
+        learned = torch.cat([self.output_projection.weight, self.output_projection.bias[:, None]], 1).to(head.device)
+        gram = (x[places].T @ x[places]).cpu()  # not every accelerator solves
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+        rows = x @ torch.linalg.solve(gram + ridge, (x[places].T @ learned).cpu()).to(head.device)
+        rows[places] = learned
+        decoder.output_projection.weight.copy_(rows[:, :-1]), decoder.output_projection.bias.copy_(rows[:, -1])
+        return decoder
+
     def save(self, path):
         """Write tensors and plain numbers, in float32, to one file."""
         torch.save({"sizes": self.sizes, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}, path)
@@ -292,7 +312,7 @@ def read_manifest(folder):
     try:
         manifest = json.loads((folder / "config.json").read_text())
         files = dict(manifest["files"])
-        if not files or not {"base_model", "base_fingerprint", "dtype", "template", "chosen"} <= set(manifest):
+        if not files or not {"base_model", "base_fingerprint", "dtype", "sources", "chosen"} <= set(manifest):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"The manifest {folder / 'config.json'} is damaged; train again.") from None

@@ -39,11 +39,12 @@ class Page:
         chat, model = self.chat, self.chat.model
         name = html.escape(Path(model.base.name).name)
         with gr.Blocks(title="Memory Decoder") as page:
-            gr.HTML(f"<h1>Memory Decoder</h1><p>{name}, frozen, with a memory of {len(chat.store.rows):,} texts "
+            gr.HTML(f"<h1>Memory Decoder</h1><p>{name}, frozen, with a memory of {len(chat.store.examples):,} texts "
                     f"({len(chat.store):,} entries). {LEGAL if is_legal(chat) else ''}</p>", elem_id="title")
             self.session, self.width = gr.State(Session()), gr.Number(visible="hidden", label="width")
             self.browser = gr.BrowserState([], storage_key=f"memory-decoder-{self.mark()}", secret=self.mark())
-            self.examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[[q] for q in example_questions(chat)],
+            samples = [[question] for question in example_questions(chat.questions())]
+            self.examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=samples,
                                        label="Ask what it knows: base, blend and memory answer side by side", elem_id="examples")
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
@@ -209,9 +210,8 @@ def slider(name, value, step, label, info):
     return gr.Slider(low, high, value=value, step=step, label=label, info=info, elem_id=name)
 
 
-def example_questions(chat):
-    """Some short questions of the memory's own rows, from its beginning to its end."""
-    questions = list(dict.fromkeys(row[chat.question] for row in chat.store.rows))
+def example_questions(questions):
+    """Some short questions of all that the memory can be asked, from its beginning to its end."""
     size = max(1, len(questions) // EXAMPLES)
     return [min(questions[i:i + size], key=len)[:300] for i in range(0, len(questions), size)][:EXAMPLES]
 

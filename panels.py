@@ -210,7 +210,7 @@ def about(chat):
     metrics, options = chat.metrics, chat.manifest.get("options", {})
     held = metrics["held_out"]
     known = [("base model", chat.model.base.name), ("dataset", Path(options.get("dataset", "")).name),
-             ("texts", f"{len(chat.store.rows):,}"), ("entries", f"{len(chat.store):,}"),
+             ("texts", f"{len(chat.store.examples):,}"), ("entries", f"{len(chat.store):,}"),
              ("tokens seen", f"{len(chat.model.decoder.seen):,} of {chat.model.base.vocabulary:,}"),
              ("index", f"{metrics['index']}, finds {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),
              ("memory", f"{sum(p.numel() for p in chat.model.decoder.parameters()) / 1e6:.1f} million parameters"),

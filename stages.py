@@ -3,17 +3,22 @@
 Letters: N entries, H key width, V' seen tokens, B windows a step, T positions of a window.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
+import os
 import re
 import shutil
 import time
+from importlib.metadata import version
 
 import psutil
 import torch
 
-from base_model import fast_bfloat16
+from base_model import fast_bfloat16, file_checksum
 from command import UserError
+from corpus import HELD_OUT
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
 from evaluation import SAMPLE_LENGTH, SAMPLES
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
@@ -49,27 +54,80 @@ class Stage:
 
 
 class Stages:
-    """The five stages of one run, each keyed by its own inputs and by the stage before it."""
+    """The five stages of one run, each keyed by its own inputs and by the stage before it.
 
-    def __init__(self, root, options, base, template, rows, held):
-        def digest(rows):
-            return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    grown_from: names of the stages of the memory that this one goes on from, if there is one.
+    """
+
+    def __init__(self, root, options, base, corpus, grown_from=None):
+        def digest(examples):
+            return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
         def values(*names):
             return {name: str(getattr(options, name)) for name in names}
 
-        words = [*(str(words) for words, _ in template.parts), str(template.tail)]
-        self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(rows), template.pattern,
-                                                   words, values("max_length", "positions")])
-        self.index = Stage(root, "index", values("index", "seed"), self.datastore)
+        templates = [[template.pattern, *(str(words) for words, _ in template.parts), str(template.tail)]
+                     for template in corpus.templates(base)]
+        self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(corpus.examples), templates,
+                                                   values("max_length", "positions")])
+        self.index = Stage(root, "index", [values("index", "seed"), grown_from], self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
         self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
-        self.report = Stage(root, "report", [digest(held), "scale"], self.decoder)
+        self.report = Stage(root, "report", [digest(corpus.held), "scale"], self.decoder)
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
+
+
+def save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total):
+    state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+             "step": step, "losses": losses, "total": total}
+    torch.save(state, stage / "checkpoint.part")
+    os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
+
+
+def load_checkpoint(stage, decoder, optimizer, schedule, total):
+    """(steps done, losses so far) after restoring a checkpoint, if there is one of a run with as many steps.
+
+    Another number of processes makes another number of steps; the decoder then starts afresh.
+    """
+    if not (stage / "checkpoint.pt").exists():
+        return 0, []
+    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if state["total"] != total:
+        return 0, []
+    decoder.load_state_dict(state["decoder"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"], state["losses"]
+
+
+def publish(options, base, corpus, metrics, stages, output):
+    """Put the artefacts in place and the manifest last; stage folders of other settings are then removed."""
+    sources = {"memory_decoder.pt": stages.report, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
+               "datastore_values.npy": stages.datastore, "examples.jsonl": stages.datastore,
+               **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png", HELD_OUT), stages.report)}
+    checksums = {}
+    for name, stage in sources.items():
+        part = output / f"{name}.part"
+        shutil.copyfile(stage / name, part)
+        checksums[name] = file_checksum(part)
+    manifest = {
+        "base_model": base.name, "base_fingerprint": base.fingerprint, "dtype": options.dtype, "sources": corpus.sources,
+        "base_revision": getattr(base.model.config, "_commit_hash", None), "chosen": metrics["chosen"],
+        "entries": metrics["entries"], "k": options.k, "files": checksums, "stages": {s.name: s.path.name for s in stages},
+        "options": {name: str(value) if value == math.inf else value for name, value in dataclasses.asdict(options).items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
+    }
+    (output / "config.json").unlink(missing_ok=True)  # a kill between two replacements must not look whole
+    for name in sources:
+        os.replace(output / f"{name}.part", output / name)
+    write_atomically(output / "config.json", json.dumps(manifest, indent=2) + "\n")
+    for folder in output.joinpath("stages").iterdir():
+        if folder.is_dir() and folder not in [stage.path for stage in stages]:
+            shutil.rmtree(folder)
 
 
 def plan(options, base, windows, held_windows, seen, stages, is_main=True):

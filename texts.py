@@ -1,23 +1,25 @@
-"""Rows of a dataset -> template -> texts -> token ids -> windows.
+"""Rows -> template -> texts -> token ids -> windows.
 
 Letters: N entries, B windows, T positions.
 """
 
+import re
 import string
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 
 from base_model import Literal
 from command import UserError, one_line
+from tables import MESSAGES, TEXT
 
-MOST_VALIDATION_ROWS = 200
-LONG_ANSWER = 100  # characters from which two equal answers are one answer to two questions
 CHAT = "chat"  # the template that stands for the model's own chat template
-CHAT_FIELDS = (("question", "answer"), ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"))
+DOCUMENT = "document"  # the template of a text that is read as it stands, while questions are asked as in a chat
+ORIGINAL = "Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}"  # that of the original demo's dataset
+CHAT_FIELDS = (("question", "answer"), ("question", "answers"), ("prompt", "completion"), ("instruction", "response"),
+               ("instruction", "output"))
+Q, A = "\u2e28", "\u2e2e"  # marks that no template contains
 
 
 class Template:
@@ -35,14 +37,19 @@ class Template:
         # What a prompt ends with (the answer brings its own first space), and what stands between two turns.
         self.reply = Literal(self.parts[-1][0].rstrip())
         self.between = self.tail if self.tail[-1:].isspace() else Literal(self.tail + "\n")
+        self.asked = self  # the Template of a chat's prompts
+        self.whole_chats = False  # whether its one field holds lists of messages
 
     @classmethod
     def parse(cls, pattern, base=None, columns=()):
-        """A Template from its text, e.g. "Q: {question}\\nA: {answer}", or "chat" for the chat template of `base`.
+        """A Template from its text, e.g. "Q: {question}\\nA: {answer}", or from "chat ..." or "document ...".
 
-        "chat {question} {answer}" names the two fields; "chat" alone finds them among the dataset's columns.
+        "chat {question} {answer}" is the chat template of `base` around two fields, "chat {messages}" around whole chats, and
+        "chat" alone finds them among the dataset's columns. "document {text}" is the text alone, asked as in a chat.
         Without a base the words of a chat template are left empty. Raises UserError for a text that is no template.
         """
+        if pattern.strip() == CHAT:
+            return cls._chat(chat_fields(columns), base)
         try:
             pieces = list(string.Formatter().parse(pattern))
         except ValueError as error:
@@ -55,11 +62,12 @@ class Template:
             if field:
                 parts.append((tail, field))
                 tail = ""
-        if pattern.strip() == CHAT or ([words.strip() for words, _ in parts] == [CHAT, ""] and not tail.strip()):
-            return cls._chat([field for _, field in parts] or chat_fields(columns), base)
-        if parts and parts[0][0].strip() == CHAT:
-            raise UserError(f'The template {pattern!r} is neither a chat nor a text; write "{CHAT} {{question}} {{answer}}" '
-                            "with the names of your two fields.")
+        fields, form = [field for _, field in parts], parts[0][0].strip() if parts else ""
+        if form in (CHAT, DOCUMENT):
+            if any(words.strip() for words, _ in parts[1:]) or tail.strip() or len(parts) > (2 if form == CHAT else 1):
+                raise UserError(f'The template {pattern!r} is neither a {form} nor a text; write "{CHAT} {{question}} {{answer}}" '
+                                f'or "{DOCUMENT} {{text}}" with the names of your fields.')
+            return cls._chat(fields, base) if form == CHAT else cls._document(fields[0], base)
         if not parts:
             raise UserError(f"The template {pattern!r} names no field; write fields in braces, e.g. {{Question}}, "
                             f"or name the model's chat template: {CHAT}.")
@@ -67,12 +75,20 @@ class Template:
 
     @classmethod
     def _chat(cls, fields, base):
-        """The base model's chat template around two fields, without a system line that the template adds by itself."""
+        """The base model's chat template around two fields, or one of whole chats, without a system line of its own."""
         ask, middle, tail, reply, between = chat_words(base) if base else [""] * 5
+        if len(fields) == 1:
+            return WholeChats(f"{CHAT} {{{fields[0]}}}", fields[0], cls._chat(["question", "answer"], base), base)
         question, answer = fields
         template = cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (middle, answer)], tail)
         template.reply, template.between = Literal(reply), Literal(between)  # to the letter
         return template
+
+    @classmethod
+    def _document(cls, field, base):
+        """A text as it stands, asked in the base model's chat template, or gone on with where it has none."""
+        chat = cls._chat(["question", "answer"], base) if base and base.tokenizer.chat_template else None
+        return Document(f"{DOCUMENT} {{{field}}}", field, chat)
 
     def render(self, row):
         """The whole text of one row (a dict that has every field), as strings and Literals."""
@@ -105,23 +121,124 @@ class Template:
     def stops(self, base):
         """Texts at which an answer ends: what begins a next field or turn, and plain words behind the answer.
 
-        A single mark, such as a full stop, may stand inside an answer too, so it ends none.
+        A header such as "Q:" or "### Answer" is such a text. A letter, a word, a dash or a number may begin a line of an answer
+        too, so it ends none; and a single mark behind the answer, such as a full stop, ends it as `closing` does.
         """
-        def plain(words):
-            return words.strip() and not (base.marks and base.marks.search(words))
+        headers = {"\n" + words.strip() for words, _ in self.parts if is_header(words.strip()) and plain(words, base)}
+        return sorted(headers | ({self.tail.rstrip()} if plain(self.tail, base) and len(self.tail.strip()) > 2 else set()))
 
-        headers = {"\n" + words.strip() for words, _ in self.parts if plain(words)}
-        return sorted(headers | ({self.tail.rstrip()} if plain(self.tail) and len(self.tail.rstrip()) > 2 else set()))
+    def closing(self, base):
+        """Plain words behind the answer that end it only where the text ends; "" if they are a stop text."""
+        return self.tail.rstrip() if plain(self.tail, base) and len(self.tail.strip()) <= 2 else ""
+
+    def title(self, example):
+        """What a passage of an example is called: its first field, which mostly is its title or question."""
+        return " ".join(example.row[self.fields[0]].split())
+
+    def question(self, example):
+        """What an example asks, as a user would type it."""
+        return example.row[self.fields[-2:][0]]
+
+    def begun(self, row):
+        """The text of a row up to its answer."""
+        return [*self.render(row)[:2 * len(self.parts) - 2], self.reply]
+
+
+class WholeChats(Template):
+    """Chats of any number of turns in the base model's chat template; the one field holds lists of {"role", "content"}."""
+
+    def __init__(self, pattern, field, asked, base):
+        super().__init__(pattern, [(asked.parts[0][0], field)], asked.tail)
+        self.asked, self.whole_chats, self.base = asked, True, base
+
+    def render(self, row):
+        """The whole text of one chat, as strings and Literals; raises UserError for one that the chat template refuses."""
+        messages = row[self.fields[0]]
+        roles = ", ".join(message["role"] for message in messages)
+        try:
+            text = self._marked(messages)
+        except Exception as error:  # a chat template is a program of its own
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise UserError(f"The chat template of {self.base.name} refuses a chat of {roles}: "
+                                f"{one_line(error)[:120]}") from None
+            told = "\n\n".join(message["content"] for message in messages[:2])  # a model that knows no system message
+            return self.render({self.fields[0]: [messages[1] | {"content": told}, *messages[2:]]})
+        words, numbers = text[::2], text[1::2]
+        if [int(number) for number in numbers] != list(range(len(messages))):
+            raise UserError(f"The chat template of {self.base.name} leaves out a message of a chat of {roles}.")
+        if messages[0]["role"] == "user":
+            words[0] = self.asked.header  # without a system line of the template's own
+        contents = [message["content"] for message in messages]
+        text = [piece for own, content in zip(words, contents, strict=False) for piece in (Literal(own), content)]
+        return [*text, Literal(words[-1])]
+
+    def _marked(self, messages):
+        """[words, number of a message, words, ..., words] of the chat template around the messages' numbers."""
+        marked = [{"role": message["role"], "content": f"{Q}{number}{A}"} for number, message in enumerate(messages)]
+        return re.split(f"{Q}(\\d+){A}", self.base.tokenizer.apply_chat_template(marked, tokenize=False))
+
+    def title(self, example):
+        return " ".join(self.question(example).split())
+
+    def question(self, example):
+        messages = example.row[self.fields[0]]
+        return next((message for message in messages if message["role"] == "user"), messages[0])["content"]
+
+    def begun(self, row):
+        return [self.asked.header]
+
+
+class Document(Template):
+    """A text that is read as it stands, and asked in the base model's chat template, or gone on with where there is none."""
+
+    def __init__(self, pattern, field, asked):
+        super().__init__(pattern, [("", field)])
+        self.asked = asked or self
+
+    def title(self, example):
+        return example.name
+
+    def question(self, example):
+        return f"What does {example.name.partition(':')[0]} say?"
+
+    def begun(self, row):
+        return []
+
+
+def plain(words, base):
+    """Whether words hold more than space and no special token."""
+    return bool(words.strip()) and not (base.marks and base.marks.search(words))
+
+
+def is_header(words):
+    """Whether words are so marked that they begin no line of an answer by chance."""
+    letters = sum(map(str.isalpha, words))
+    return letters > 0 and (words.endswith(":") or (letters >= 3 and not (words[0].isalnum() and words[-1].isalnum())))
 
 
 def chat_fields(columns):
-    """The names of question and answer among a dataset's columns; raises UserError when there are none."""
+    """The names of the field of whole chats, or of question and answer, among a dataset's columns; raises UserError for none."""
     lower = {name.lower(): name for name in columns}
+    if MESSAGES in lower:
+        return [lower[MESSAGES]]
     for question, answer in CHAT_FIELDS:
         if question in lower and answer in lower:
-            return lower[question], lower[answer]
+            return [lower[question], lower[answer]]
     raise UserError(f"The dataset has no question and answer among its fields {', '.join(columns)}; "
                     f'name them: --template "{CHAT} {{question}} {{answer}}".')
+
+
+def usual_template(columns):
+    """The template of a dataset with these columns when none is given; raises UserError where none can be told."""
+    if set(Template.parse(ORIGINAL).fields) <= set(columns):
+        return ORIGINAL
+    try:
+        return f"{CHAT} {' '.join(f'{{{field}}}' for field in chat_fields(columns))}"
+    except UserError:
+        if TEXT in columns or len(columns) == 1:
+            return f"{DOCUMENT} {{{TEXT if TEXT in columns else columns[0]}}}"
+        raise UserError(f"How a text is made of the fields {', '.join(columns)} is not known; name those you want: --template "
+                        f'"{CHAT} {{question}} {{answer}}" or "{DOCUMENT} {{text}}".') from None
 
 
 def chat_words(base):
@@ -129,7 +246,7 @@ def chat_words(base):
 
     They are read off a conversation of marks. Raises UserError for a model without a chat template.
     """
-    q, a = "\u2e28", "\u2e2e"  # marks that no template contains
+    q, a = Q, A
     turns = [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
     try:
         once = base.tokenizer.apply_chat_template(turns, tokenize=False)
@@ -201,11 +318,23 @@ def encode_to_end(base, template, text):
     return [*ids, base.eos]
 
 
-def windows_of(base, rows, template, max_length, positions="all"):
-    """All windows of all rows, longest first, so that what does not fit in memory shows at once."""
+def windows_of_sources(base, examples, templates, max_length, positions="all"):
+    """All windows of all examples, source after source, so that what is added later stands behind what was there."""
+    windows = []
+    for source, template in enumerate(templates):
+        own = [number for number, example in enumerate(examples) if example.source == source]
+        windows += windows_of(base, [examples[number].row for number in own], template, max_length, positions, own)
+    return windows
+
+
+def windows_of(base, rows, template, max_length, positions="all", numbers=None):
+    """All windows of all rows, longest first, so that what does not fit in memory shows at once.
+
+    numbers: those of the rows as examples, if not from 0.
+    """
     prefix = base.encode([Literal(template.parts[0][0].rstrip(" "))])
     windows = []
-    for example, row in enumerate(rows):
+    for example, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
         ids = encode_row(base, template, row)
         if positions == "last":  # the original demo: one entry a row, after cutting at max_length
             ids = ids[:max_length]
@@ -232,78 +361,3 @@ def entries_of(windows):
     position = [w.position + i for w, count in zip(windows, counts, strict=True) for i in range(count)]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return Entries(np.array(values, np.int32), example, np.array(position, np.int32), offsets)
-
-
-def read_table(source):
-    """A hub dataset (split train) or a local JSON, JSONL, CSV or Parquet file, as datasets gives it."""
-    path = Path(source)
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
-    try:
-        if path.is_file() and kind:
-            if path.stat().st_size == 0:
-                raise UserError(f"The dataset file {source} is empty.")
-            plain = {"keep_default_na": False} if kind == "csv" else {}  # an answer may well read "None"
-            return datasets.load_dataset(kind, data_files=str(path), split="train", **plain)
-        if path.is_file() or path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
-            raise UserError(f"There is no JSON, JSONL, CSV or Parquet file {source}; check the path.")
-        return datasets.load_dataset(source, split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(explain_dataset_error(source, kind, error)) from None
-
-
-def read_rows(table, source, template):
-    """The rows of a table as dicts of the template's fields; rows that lack a value are left out."""
-    missing = [name for name in template.fields if name not in table.column_names]
-    if missing:
-        raise UserError(f"The dataset {source} has no field {', '.join(missing)}; it has {', '.join(table.column_names)}. "
-                        "Name those you want with --template.")
-    rows = [{name: row[name] for name in template.fields} for row in table.select_columns(template.fields)]
-    rows = [row for row in rows if all(str(value if value is not None else "").strip() for value in row.values())]
-    if not rows:
-        raise UserError(f"The dataset {source} holds no row in which all of {', '.join(template.fields)} are filled.")
-    return [{name: str(value).strip() for name, value in row.items()} for row in rows]
-
-
-def explain_dataset_error(source, local, error):
-    """One sentence for a dataset that could not be read."""
-    text = f"{error} {error.__cause__ or ''}".lower()
-    if local:
-        return f"The dataset file {source} cannot be read: {one_line(error.__cause__ or error)}"
-    if "doesn't exist" in text and "connect" not in text and "offline" not in text:
-        return f"There is no dataset {source} on the hub and no file of that name; check --dataset."
-    return (f"The dataset {source} is not on this machine and cannot be fetched from the hub; check its name and the network, "
-            f"or name a local file. ({one_line(error)[:120]})")
-
-
-def telltale(row, template):
-    """What must not stand on both sides of the split: the text (data repeat rows), and an answer too long to be chance."""
-    answer = row[template.fields[-1]]
-    return ["\0".join(row.values()), *([answer] if len(answer) >= LONG_ANSWER else [])]
-
-
-def split_rows(rows, held, template, fraction, most, seed, source=""):
-    """(training rows, validation rows); those held out never enter the datastore.
-
-    held: validation rows of their own, or None to draw a share of the rows. Rows with one text or one long answer are
-    drawn as one: the first is held out and its twins are left out. Raises UserError when fewer than 2 are left of either.
-    """
-    draw = np.random.default_rng(seed)
-    if held is not None:
-        held = held[:MOST_VALIDATION_ROWS]
-        known = {part for row in held for part in telltale(row, template)}
-        order = [i for i in draw.permutation(len(rows)) if not known & set(telltale(rows[i], template))]
-    else:
-        groups = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(telltale(row, template)[-1], []).append(i)
-        groups = list(groups.values())
-        drawn = [groups[i] for i in draw.permutation(len(groups))]
-        count = min(MOST_VALIDATION_ROWS, max(2, round(fraction * len(groups))))
-        held, order = [rows[group[0]] for group in drawn[:count]], [i for group in drawn[count:] for i in group]
-        if len(held) + len(order) < len(rows):
-            print(f"left out: {len(rows) - len(held) - len(order)} rows whose text or long answer is held out too", flush=True)
-    kept = np.sort(order[:most])
-    if len(kept) < 2 or len(held) < 2:
-        raise UserError(f"The dataset {source} is too small: {len(kept)} rows to train on and {len(held)} held out; "
-                        "at least 2 of each are needed, since an example never learns from itself.")
-    return [rows[i] for i in kept], held

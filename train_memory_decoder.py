@@ -7,17 +7,13 @@ Every stage keeps its result under <output_dir>/stages, so a run that was stoppe
 a stage whose inputs have not changed is not run again. Artefacts are replaced only when all is done.
 """
 
-import dataclasses
 import json
 import math
-import os
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import faiss
@@ -30,22 +26,27 @@ from transformers import get_cosine_schedule_with_warmup
 
 import command
 import evaluation
-from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, file_checksum, pick_device
+from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, pick_device
 from command import UserError, fail, one_line, option
+from corpus import HELD_OUT, Corpus
 from datastore import (
     Datastore,
     build_index,
+    copy_keys,
     default_temperature,
     find_neighbours,
+    grow_index,
     knn_weights,
     open_keys,
     seen_tokens,
     write_atomically,
+    write_examples,
     write_keys,
 )
+from earlier import Claim, Earlier, earlier_options
 from memory_decoder import MemoryDecoder, TrainingLoss, check_heads
-from stages import Stages, plan
-from texts import Template, entries_of, read_rows, read_table, split_rows, windows_of
+from stages import Stages, load_checkpoint, plan, publish, save_checkpoint
+from texts import entries_of, windows_of_sources
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), "template": "chat {Question} {Answer}",
@@ -55,16 +56,20 @@ DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), 
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 CHECKPOINT_SECONDS = 120
+REPLAYED = 1  # windows of the old text that are read again for each window of added text, so that none is unlearned
 
 
 @dataclass
 class Options:
     base_model: str = option("google/gemma-2b", "causal language model: hub id, folder or .gguf file")
-    dataset: str = option("ibunescu/qa_legal_dataset_train", "hub id (split train), or a JSON, JSONL, CSV or Parquet file")
-    template: str = option("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}",
-                           "text of one row; the last field is the answer, the one before it what a user asks; 'chat', or "
-                           "'chat {question} {answer}': the model's own chat template")
+    dataset: str = option("ibunescu/qa_legal_dataset_train", "hub id, hub id:configuration, a JSON, CSV or Parquet file, a text, "
+                                                             "Markdown or PDF document, or a folder of them")
+    split: str | None = option(None, "split of the dataset; default: train")
+    template: str | None = option(None, "text of one row: words and {fields}, the last field being the answer and the one before "
+                                        "it the question; or 'chat {question} {answer}', 'chat {messages}': the model's own chat "
+                                        "template; or 'document {text}'; default: by the names of the fields")
     validation_dataset: str | None = option(None, "held-out rows, given as --dataset is; default: a share of the dataset")
+    validation_split: str | None = option(None, "split that holds them, of --validation_dataset or of the dataset itself")
     validation_fraction: float = option(0.05, "share of the different answers held out (at least 2 rows, at most 200)")
     max_examples: int | None = option(None, "use only so many training rows")
     max_length: int = option(128, "tokens the base model reads at once; longer texts are read in several windows")
@@ -85,6 +90,8 @@ class Options:
     batch_size: int = option(16, "windows a step")
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
+    add: str | None = option(None, "file, folder or dataset that the memory in --output_dir shall learn as well")
+    forget: str | None = option(None, "document, table, or row (table:number) that the memory in --output_dir shall forget")
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"])
     device: str = option("auto", "auto, cpu, cuda or mps")
     seed: int = option(0, "seed of weights, order and the held-out share")
@@ -114,42 +121,59 @@ class Options:
 
 
 def parse_options(arguments=None):
-    return command.parse_options(Options, __doc__.split("\n")[0], arguments, {"demo": DEMO, "original": ORIGINAL})
+    presets = {"demo": DEMO, "original": ORIGINAL, "add": earlier_options, "forget": earlier_options}
+    return command.parse_options(Options, __doc__.split("\n")[0], arguments, presets)
 
 
-def build_datastore(options, base, rows, windows, entries, stage):
-    """Stage 1: keys.f16, values and the rows. Returns the keys (N, H), memory-mapped."""
+def build_datastore(options, base, corpus, windows, entries, stage, earlier):
+    """Stage 1: keys.f16, values and the examples. Returns the keys (N, H), memory-mapped."""
     if stage.begin():
+        known = 0
+        if earlier and (found := earlier.found("datastore")):
+            copy_keys(found[0] / "keys.f16", earlier.entries_in(corpus), stage / "keys.f16", base.width)
+            known = len(windows) - len(earlier.new(windows, corpus))
         np.save(stage / "datastore_values.npy", entries.values)
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (stage / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size)
+        write_examples(corpus.examples, stage / "examples.jsonl")
+        write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size, known)
         stage.finish()
     return open_keys(stage / "keys.f16", base.width)
 
 
-def build_neighbours(options, keys, entries, rows, factory, stages):
-    """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore."""
+def build_neighbours(options, keys, entries, examples, factory, stages, earlier=None):
+    """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore.
+
+    earlier: the memory whose entries are the first of these.
+    """
+    grown = earlier.found("index", "neighbours") if earlier else None
     if stages.index.begin():
         write_atomically(stages.index / "factory.txt", factory)
-        index, mean = build_index(keys, factory, options.seed)
+        if grown:
+            index, mean = grow_index(grown[0] / "faiss_index.bin", keys, len(earlier.example), earlier.mean), earlier.mean
+        else:
+            index, mean = build_index(keys, factory, options.seed)
         faiss.write_index(index, str(stages.index / "faiss_index.bin"))
         np.savez(stages.index / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
         stages.index.finish()
     index = faiss.read_index(str(stages.index / "faiss_index.bin"))
     mean = np.load(stages.index / "datastore_entries.npz", allow_pickle=False)["mean"]
-    store = Datastore(index, mean, entries.values, entries.example, entries.position, rows)
+    store = Datastore(index, mean, entries.values, entries.example, entries.position, examples)
     if stages.neighbours.begin():
-        find_neighbours(store, keys, options.k, stages.neighbours.path)
+        find_neighbours(store, keys, options.k, stages.neighbours.path, grown and grown[1])
         stages.neighbours.finish(recall=store.recall(keys, options.k))
     print(f"neighbours: recall@{options.k} against exact search {stages.neighbours.facts['recall']:.3f}", flush=True)
     return store
 
 
-def epoch_batches(lengths, batch_size, seed, epoch):
-    """Lists of window numbers for one epoch: shuffled, yet with windows of like length together to save padding."""
+def epoch_batches(lengths, batch_size, seed, epoch, known=0):
+    """Lists of window numbers for one epoch: shuffled, yet with windows of like length together to save padding.
+
+    Of the first `known` windows, which are learned already, only as many take part as there are others, drawn anew each epoch.
+    """
     rng = np.random.default_rng([seed, epoch])
     order, pool = rng.permutation(len(lengths)), 32 * batch_size
+    if known:
+        again = order[order < known][:REPLAYED * (len(lengths) - known)]
+        order = rng.permutation(np.concatenate([again, order[order >= known]]))
     batches = []
     for i in range(0, len(order), pool):
         part = order[i:i + pool]
@@ -180,11 +204,13 @@ class Batches:
         return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
 
 
-def make_decoder(options, base, keys, entries):
-    """A MemoryDecoder as it is before training."""
+def make_decoder(options, base, keys, entries, earlier=None):
+    """A MemoryDecoder as it is before training; earlier: the one that goes on learning."""
     torch.manual_seed(options.seed)
     known = options.head_init == "base"
     seen, share = seen_tokens(entries) if known else (np.arange(base.vocabulary), 0.0)
+    if earlier:
+        return earlier.grown(seen, share, base.head.weight.detach()[torch.as_tensor(seen, device=base.device)], options.dropout)
     decoder = MemoryDecoder(base.width, base.vocabulary, seen, share, options.decoder_dim, context=options.context,
                             norm_first=options.norm == "pre", dropout=options.dropout)
     if known:
@@ -194,14 +220,17 @@ def make_decoder(options, base, keys, entries):
     return decoder
 
 
-def train_decoder(options, base, keys, entries, stages, accelerator):
-    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end."""
+def train_decoder(options, base, keys, entries, stages, accelerator, earlier=None, known=0):
+    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end.
+
+    earlier: a MemoryDecoder that has learned the first `known` windows and goes on from there.
+    """
     stage = stages.decoder
-    decoder = make_decoder(options, base, keys, entries)
+    decoder = make_decoder(options, base, keys, entries, earlier)
     batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours),
                       decoder.seen.cpu().numpy())
     lengths, world = np.diff(entries.offsets), accelerator.num_processes
-    per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0)) // world)
+    per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0, known)) // world)
     model = TrainingLoss(decoder, options.kl_weight)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=options.decoder_lr, weight_decay=options.weight_decay, fused=True)
     total = per_epoch * options.num_epochs
@@ -213,7 +242,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator):
         while step < total:
             epoch, number = divmod(step, per_epoch)
             if number == 0 or step == bar.initial:
-                order = epoch_batches(lengths, options.batch_size, options.seed, epoch)
+                order = epoch_batches(lengths, options.batch_size, options.seed, epoch, known)
             drawn = step * world + accelerator.process_index
             torch.manual_seed((options.seed + drawn) % 2**63)  # dropout, the same after a restart
             numbers = order[(number * world + accelerator.process_index) % len(order)]
@@ -241,31 +270,11 @@ def training_temperature(options, neighbours):
     return default_temperature(np.load(neighbours / "neighbours_D.npy", mmap_mode="r"))
 
 
-def save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total):
-    state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-             "step": step, "losses": losses, "total": total}
-    torch.save(state, stage / "checkpoint.part")
-    os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
+def make_report(options, base, store, held, held_windows, stages, factory, changed=None):
+    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, prints the table, returns the metrics.
 
-
-def load_checkpoint(stage, decoder, optimizer, schedule, total):
-    """(steps done, losses so far) after restoring a checkpoint, if there is one of a run with as many steps.
-
-    Another number of processes makes another number of steps; the decoder then starts afresh.
+    changed: what tells, of the new decoder, how it differs from the earlier one.
     """
-    if not (stage / "checkpoint.pt").exists():
-        return 0, []
-    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
-    if state["total"] != total:
-        return 0, []
-    decoder.load_state_dict(state["decoder"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["step"], state["losses"]
-
-
-def make_report(options, base, store, held_windows, stages, factory):
-    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, prints the table, returns the metrics."""
     if stages.report.begin():
         decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
         trained_with = temperature = training_temperature(options, stages.neighbours)
@@ -277,46 +286,24 @@ def make_report(options, base, store, held_windows, stages, factory):
         scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature, True)
         samples = evaluation.sample_windows(base, options.max_length, options.seed)
         own = evaluation.score_positions(base, decoder, samples, options.batch_size)
-        earlier = list(stages)[:-1]
-        seconds = {stage.name: stage.facts["seconds"] for stage in earlier}
+        before = list(stages)[:-1]
+        seconds = {stage.name: stage.facts["seconds"] for stage in before}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, own, temperature) | {
             "scale": float(decoder.scale), "backoff": float(decoder.backoff), "seen_tokens": len(decoder.seen),
             "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
-            "resumed": [stage.name for stage in earlier if stage.facts.get("resumed")],
+            "resumed": [stage.name for stage in before if stage.facts.get("resumed")],
             "peak_memory_bytes": evaluation.peak_memory(), "losses": stages.decoder.facts["losses"]}
+        metrics |= {"changed": changed(decoder)} if changed else {}
         evaluation.write_report(metrics, stages.report.path)
+        write_examples(held, stages.report / HELD_OUT)
         stages.report.finish()
     metrics = json.loads((stages.report / "metrics.json").read_text())
     print("\n" + evaluation.report_table(metrics), flush=True)
+    if "changed" in metrics:
+        print("\n" + evaluation.change_table(metrics), flush=True)
     return metrics
-
-
-def publish(options, base, template, metrics, stages, output):
-    """Put the artefacts in place and the manifest last; stage folders of other settings are then removed."""
-    sources = {"memory_decoder.pt": stages.report, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
-               "datastore_values.npy": stages.datastore, "examples.jsonl": stages.datastore,
-               **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"), stages.report)}
-    checksums = {}
-    for name, stage in sources.items():
-        part = output / f"{name}.part"
-        shutil.copyfile(stage / name, part)
-        checksums[name] = file_checksum(part)
-    manifest = {
-        "base_model": base.name, "base_fingerprint": base.fingerprint, "dtype": options.dtype, "template": template.pattern,
-        "base_revision": getattr(base.model.config, "_commit_hash", None), "chosen": metrics["chosen"],
-        "entries": metrics["entries"], "k": options.k, "files": checksums,
-        "options": {name: str(value) if value == math.inf else value for name, value in dataclasses.asdict(options).items()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
-    }
-    (output / "config.json").unlink(missing_ok=True)  # a kill between two replacements must not look whole
-    for name in sources:
-        os.replace(output / f"{name}.part", output / name)
-    write_atomically(output / "config.json", json.dumps(manifest, indent=2) + "\n")
-    for folder in output.joinpath("stages").iterdir():
-        if folder.is_dir() and folder not in [stage.path for stage in stages]:
-            shutil.rmtree(folder)
 
 
 def check_neighbours(options, entries):
@@ -335,52 +322,49 @@ def run(options):
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if fast_bfloat16(device) else "no",
                               kwargs_handlers=[patience])
-    template, rows, held = read_data(options)
-    base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if device == "cuda" else device)
-    template = Template.parse(template.pattern, base)
+    with Claim(options.output_dir, accelerator.is_main_process) as claim:
+        earlier = Earlier(Path(options.output_dir)) if options.add or options.forget else None
+        corpus = earlier.changed(options) if earlier else Corpus.read(options)
+        base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if device == "cuda" else device)
+        if earlier:
+            earlier.check(base, options)
+        elif options.template is None:
+            corpus = corpus.fitting(base)
+        make_memory(options, base, corpus, earlier, claim, accelerator)
+
+
+def make_memory(options, base, corpus, earlier, claim, accelerator):
+    """The stages of a Corpus, one after the other; earlier: the memory that this one changes, if there is one."""
     if options.max_length > base.max_positions:
         raise UserError(f"--max_length {options.max_length} is more than the {base.max_positions} positions of {base.name}.")
-    windows = windows_of(base, rows, template, options.max_length, options.positions)
-    held_windows = windows_of(base, held, template, options.max_length)
+    templates, output = corpus.templates(base), Path(options.output_dir)
+    windows = windows_of_sources(base, corpus.examples, templates, options.max_length, options.positions)
+    held_windows = windows_of_sources(base, corpus.held, templates, options.max_length)
     entries = entries_of(windows)
     check_neighbours(options, entries)
-
-    output = Path(options.output_dir)
-    stages = Stages(output / "stages", options, base, template, rows, held)
-    try:
-        (output / "stages").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Nothing can be written to the folder {output}: {error.strerror}.") from None
+    grown = earlier if options.add and not options.forget else None
+    stages = Stages(output / "stages", options, base, corpus, grown and grown.manifest["stages"])
+    claim.make_folder()
+    known, decoder = (len(windows) - len(grown.new(windows, corpus)), grown.decoder()) if grown else (0, None)
     seen = len(np.unique(entries.values)) if options.head_init == "base" else base.vocabulary
     with accelerator.main_process_first():
         factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process)
-        keys = build_datastore(options, base, rows, windows, entries, stages.datastore)
-        store = build_neighbours(options, keys, entries, rows, factory, stages)
+        keys = build_datastore(options, base, corpus, windows, entries, stages.datastore, earlier)
+        store = build_neighbours(options, keys, entries, corpus.examples, factory, stages, grown)
     if stages.decoder.begin():
-        train_decoder(options, base, keys, entries, stages, accelerator)
+        train_decoder(options, base, keys, entries, stages, accelerator, decoder, known)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        metrics = make_report(options, base, store, held_windows, stages, factory)
-        publish(options, base, template, metrics, stages, output)
+        changed = earlier and (lambda decoder: earlier.difference(base, decoder, corpus, len(store), options))
+        metrics = make_report(options, base, store, corpus.held, held_windows, stages, factory, changed)
+        publish(options, base, corpus, metrics, stages, output)
         flags = "" if options.output_dir == "trained_models" else f" --model_dir {shlex.quote(str(output))}"
         print(f"\nsaved in {output}; chat with it: python app.py{' --demo' if options.output_dir == DEMO['output_dir'] else flags}")
 
 
-def read_data(options):
-    """(template, training rows, held-out rows)."""
-    table = read_table(options.dataset)
-    template = Template.parse(options.template, columns=table.column_names)
-    rows, held = read_rows(table, options.dataset, template), None
-    if options.validation_dataset:
-        held = read_rows(read_table(options.validation_dataset), options.validation_dataset, template)
-    return template, *split_rows(rows, held, template, options.validation_fraction, options.max_examples, options.seed,
-                                 options.dataset)
-
-
 def main():
-    options = parse_options()
     try:
-        run(options)
+        run(parse_options())
     except UserError as error:
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:

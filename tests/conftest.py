@@ -20,6 +20,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from base_model import BaseLM
 from memory_decoder import MemoryDecoder
+from rows import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
@@ -60,6 +61,16 @@ def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
     GemmaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def examples(rows):
+    """Rows as Examples of one source."""
+    return [Example(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, 1)]
+
+
+def rows_of(store):
+    """The rows of a Datastore's examples."""
+    return [example.row for example in store.examples]
 
 
 def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):

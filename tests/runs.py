@@ -10,6 +10,7 @@ import pytest
 from conftest import SMALL
 
 import train_memory_decoder as script
+from datastore import read_examples
 
 
 def command_line(base_model, dataset, folder, *more, small=SMALL):
@@ -34,7 +35,7 @@ def contents(folder):
 
 
 def stored_rows(folder):
-    return [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [example.row for example in read_examples(folder / "examples.jsonl")]
 
 
 def entry_places(folder):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS
+from conftest import ROWS, rows_of
 
 import app
 from chat import EVERY_RULE, RANGES, VOICES, Answer, Chat, check_ranges, logprobs
@@ -180,7 +180,7 @@ def test_a_passage_marks_the_token_that_the_entry_remembers(chat):
     for entry in range(0, len(chat.store), 77):
         passage = chat.passage(entry)
         remembered = chat.model.base.tokenizer.decode([int(chat.store.values[entry])], skip_special_tokens=True)
-        row = chat.store.rows[chat.store.example[entry]]
+        row = rows_of(chat.store)[chat.store.example[entry]]
         assert passage["token"] == (remembered or "(end)") and passage["title"] == row["Title"]
         text = passage["before"].removeprefix("… ") + remembered + passage["after"]
         assert text in "".join(chat.template.render(row))
@@ -188,7 +188,7 @@ def test_a_passage_marks_the_token_that_the_entry_remembers(chat):
 
 
 def test_the_end_of_a_row_is_shown_in_words(chat):
-    ids = [encode_row(chat.model.base, chat.template, row) for row in chat.store.rows]
+    ids = [encode_row(chat.model.base, chat.template, row) for row in rows_of(chat.store)]
     last = [n for n, (row, position) in enumerate(zip(chat.store.example, chat.store.position, strict=True))
             if position == len(ids[row]) - 2]
     assert len(last) == len(ids) and all(chat.passage(entry)["token"] == "(end)" for entry in last)
@@ -322,7 +322,7 @@ def test_the_neighbours_named_are_the_entries_at_those_distances(chat, keys):
 def test_a_passage_of_an_answer_begins_no_earlier_than_the_answer(chat):
     inside = 0
     for entry in range(0, len(chat.store), 50):
-        ids = encode_row(chat.model.base, chat.template, chat.store.rows[chat.store.example[entry]])
+        ids = encode_row(chat.model.base, chat.template, rows_of(chat.store)[chat.store.example[entry]])
         before = chat.passage(entry)["before"]
         said = chat.model.base.tokenizer.decode(ids[:int(chat.store.position[entry]) + 1], skip_special_tokens=True)
         said = said.partition("\nAnswer:")[2]

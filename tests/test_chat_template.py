@@ -1,7 +1,7 @@
 """A memory of chats: `--template chat` from the command to the page's answer."""
 
 import pytest
-from conftest import ROWS
+from conftest import ROWS, rows_of
 from gradio_client import Client
 from runs import command_line, entry_places, stored_rows
 from test_chat import GOOD, QUESTION
@@ -52,14 +52,14 @@ def templated(base, turns, question=None):
 
 
 def test_rows_are_stored_as_questions_and_answers_that_the_manifest_names(chats):
-    assert read_manifest(chats)["template"] == "chat {Question} {Answer}"
+    assert read_manifest(chats)["sources"] == [{"name": "rows.jsonl", "template": "chat {Question} {Answer}"}]
     stored = stored_rows(chats)
     assert len(stored) == 22 and all(row in [{n: r[n] for n in ("Question", "Answer")} for r in ROWS] for row in stored)
 
 
 def test_every_entry_remembers_the_next_token_of_the_models_own_conversation(chats, chat):
     base, end = chat.model.base, chat.model.base.tokenizer.convert_tokens_to_ids("<end>")
-    conversations = [templated(base, [(row["Question"], row["Answer"])]) for row in chat.store.rows]
+    conversations = [templated(base, [(row["Question"], row["Answer"])]) for row in rows_of(chat.store)]
     values, places = chat.store.values.tolist(), entry_places(chats)
     assert values == [conversations[row][position + 1] for row, position in places]
     # The header "<bos><turn>user\n" makes no entry. The last value of each row is the mark that ends its answer.
@@ -79,7 +79,7 @@ def test_a_passage_marks_the_right_next_token(chat):
     base = chat.model.base
     for entry in range(0, len(chat.store), 29):
         found = chat.passage(entry)
-        row, position = chat.store.rows[chat.store.example[entry]], int(chat.store.position[entry])
+        row, position = rows_of(chat.store)[chat.store.example[entry]], int(chat.store.position[entry])
         ids = templated(base, [(row["Question"], row["Answer"])])
         remembered = base.tokenizer.decode([ids[position + 1]], skip_special_tokens=True)
         assert found["token"] == (remembered or "(end)") and found["title"] == row["Question"]
@@ -88,7 +88,7 @@ def test_a_passage_marks_the_right_next_token(chat):
 
 
 def test_a_question_that_was_stored_leads_to_its_own_passage(chat):
-    row = min(chat.store.rows, key=lambda row: len(row["Question"]))
+    row = min(rows_of(chat.store), key=lambda row: len(row["Question"]))
     assert len(chat.model.base.encode(chat.prompt(row["Question"], [], 10))) < 96  # in the first of its windows
     answer = next(chat.write(chat.begin(row["Question"], k=1)))
     ((distance, entry),) = chat.trace(answer).tokens[0]["neighbours"]

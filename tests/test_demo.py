@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter, defaultdict
-from types import SimpleNamespace
 
 from conftest import DEMO_ROWS, ROOT, ROWS
 
 import page
 import train_memory_decoder
+from corpus import Corpus
 
 
 def test_the_rows_have_the_schema():
@@ -38,9 +38,9 @@ def test_questions_and_answers_have_the_agreed_lengths():
 
 def test_the_pages_examples_are_rows_that_the_demo_remembers():
     options = train_memory_decoder.parse_options(["--demo"])
-    _, rows, _ = train_memory_decoder.read_data(options)
-    examples = page.example_questions(SimpleNamespace(question="Question", store=SimpleNamespace(rows=rows)))
-    assert len(set(examples)) == 4 and set(examples) <= {row["Question"] for row in rows}
+    questions = [example.row["Question"] for example in Corpus.read(options).examples]
+    examples = page.example_questions(questions)
+    assert len(set(examples)) == 4 and set(examples) <= set(questions)
 
 
 def plain(text):

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS, make_decoder
+from conftest import ROWS, examples, make_decoder, rows_of
 
 import evaluation
 from datastore import Datastore, build_index, hidden_batches, seen_tokens
@@ -27,7 +27,7 @@ def keys_and_store(base):
     values, example, position, _ = entries_of(windows)
     keys = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 1)]).to(torch.float16).numpy()
     index, mean = build_index(keys, "Flat")
-    return keys, Datastore(index, mean, values, example, position, ROWS[1:40:10])
+    return keys, Datastore(index, mean, values, example, position, examples(ROWS[1:40:10]))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def held_windows(base):
 @pytest.fixture(scope="module", params=["some seen", "all seen"])
 def decoder(request, base, keys_and_store):
     """A decoder that has seen what the datastore holds, or every token; its scale is not the one it starts with."""
-    seen, share = seen_tokens(entries_of(windows_of(base, keys_and_store[1].rows, TEMPLATE, LENGTH)))
+    seen, share = seen_tokens(entries_of(windows_of(base, rows_of(keys_and_store[1]), TEMPLATE, LENGTH)))
     if request.param == "all seen":
         seen = range(base.vocabulary)
     made = make_decoder(seed=1, context=16, seen=seen, backoff=share)
@@ -146,7 +146,7 @@ def learned(base, windows, steps=25):
 @pytest.mark.parametrize("positions_at_once", [10_000, 7])
 def test_calibration_chooses_the_best_scale_and_leaves_the_backoff(
         base, held_windows, keys_and_store, monkeypatch, positions_at_once):
-    known = windows_of(base, keys_and_store[1].rows, TEMPLATE, LENGTH)[:4]
+    known = windows_of(base, rows_of(keys_and_store[1]), TEMPLATE, LENGTH)[:4]
     decoder, windows, table = learned(base, known), [known[0], held_windows[0], held_windows[-1]], {}
     for scale in evaluation.SCALES.tolist():
         decoder.scale.fill_(scale)

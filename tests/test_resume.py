@@ -19,7 +19,7 @@ import datastore
 import train_memory_decoder as script
 from datastore import Datastore
 from memory_decoder import MemoryDecoder, read_manifest
-from texts import Template, windows_of
+from texts import ORIGINAL, Template, windows_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +83,7 @@ def test_keys_go_on_where_they_were_stopped(six_rows, train, tmp_path, base, mon
     with pytest.raises(KeyboardInterrupt):
         train(folder)
     train(folder)
-    windows = len(windows_of(base, stored_rows(folder), Template.parse(script.Options.template), 96))
+    windows = len(windows_of(base, stored_rows(folder), Template.parse(ORIGINAL), 96))
     assert read == [windows, windows - 3 * 8]
     assert_same_training(six_rows, folder)
 

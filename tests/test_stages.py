@@ -8,23 +8,24 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 import pytest
-from conftest import ROWS
+from conftest import ROWS, examples
 
 import datastore
 import stages
 import train_memory_decoder as script
 from command import UserError
+from corpus import Corpus
 from stages import Stage, Stages, estimate_disk, estimate_memory, estimate_seconds, index_bytes, plan
-from texts import Template, entries_of, windows_of
+from texts import ORIGINAL, Template, entries_of, windows_of
 from train_memory_decoder import Options
 
 NAMES = ["datastore", "index", "neighbours", "decoder", "report"]
-TEMPLATE = Template.parse(Options.template)
+TEMPLATE = Template.parse(ORIGINAL)
 # The first stage that an option is an input of; every other option is one of the decoder's.
 FIRST = {"max_length": "datastore", "positions": "datastore", "index": "index", "seed": "index", "k": "neighbours"}
 # These say where things are, or are known by the rows, the words and the model that they lead to.
-NO_INPUT = {"base_model", "dataset", "template", "validation_dataset", "validation_fraction", "max_examples", "output_dir", "dtype",
-            "device", "demo", "original"}
+NO_INPUT = {"base_model", "dataset", "split", "template", "validation_dataset", "validation_split", "validation_fraction",
+            "max_examples", "output_dir", "dtype", "device", "demo", "original", "add", "forget"}
 
 
 def another(field):
@@ -36,8 +37,12 @@ def another(field):
     return field.default + "x" if isinstance(field.default, str) else (field.default or 0) + 1
 
 
-def folders(root, base, options=None, template=TEMPLATE, rows=ROWS[:4], held=ROWS[4:6]):
-    return {stage.name: stage.path for stage in Stages(root, options or Options(), base, template, rows, held)}
+def corpus_of(rows=ROWS[:4], held=ROWS[4:6]):
+    return Corpus([{"name": "rows.jsonl", "template": ORIGINAL}], examples(rows), examples(held))
+
+
+def folders(root, base, options=None, grown_from=None, corpus=None, **text):
+    return {stage.name: stage.path for stage in Stages(root, options or Options(), base, corpus or corpus_of(**text), grown_from)}
 
 
 def changed(before, after):
@@ -89,6 +94,10 @@ def test_other_rows_change_every_folder_and_other_held_out_rows_only_the_reports
     assert changed(before, folders(tmp_path, base, held=ROWS[5:7])) == ["report"]
 
 
+def test_a_memory_that_goes_on_from_another_shares_only_the_entries_with_a_fresh_one(tmp_path, base):
+    assert changed(folders(tmp_path, base), folders(tmp_path, base, grown_from={"decoder": "decoder-1"})) == NAMES[1:]
+
+
 def test_another_model_or_number_format_changes_every_folder(tmp_path, base):
     before = folders(tmp_path, base)
     same, other, half = (SimpleNamespace(fingerprint=fingerprint, model=SimpleNamespace(dtype=dtype)) for fingerprint, dtype in (
@@ -100,7 +109,12 @@ def test_another_model_or_number_format_changes_every_folder(tmp_path, base):
 def test_other_words_of_one_chat_template_change_every_folder(tmp_path, base):
     pattern = "chat {Question} {Answer}"
     parts = [("<turn>user\n", "Question"), ("<end>\n<turn>assistant\n", "Answer")]
-    one, other, tail = (folders(tmp_path, base, template=Template(pattern, *words)) for words in (
+    def made(*words):
+        corpus = corpus_of()
+        corpus.templates = lambda _: [Template(pattern, *words)]
+        return folders(tmp_path, base, corpus=corpus)
+
+    one, other, tail = (made(*words) for words in (
         (parts, "<end>\n"), ([("<turn>human\n", "Question"), parts[1]], "<end>\n"), (parts, "<eos>")))
     assert changed(one, other) == changed(one, tail) == NAMES
 
@@ -120,7 +134,7 @@ def planned(tmp_path, base, windows, monkeypatch):
         monkeypatch.setattr(stages.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
         made = dataclasses.replace(options, **changes)
-        all_stages = Stages(tmp_path / "stages", made, base, TEMPLATE, ROWS[:6], ROWS[6:8])
+        all_stages = Stages(tmp_path / "stages", made, base, corpus_of(ROWS[:6], ROWS[6:8]))
         return made, all_stages, lambda: plan(made, base, windows, windows[:2], seen(windows), all_stages, is_main)
     return make
 

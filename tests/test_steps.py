@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS, SPECIAL, make_decoder
+from conftest import ROWS, SPECIAL, examples, make_decoder
 
 import generation
 from base_model import Literal
@@ -27,7 +27,7 @@ def keys_and_store(base):
     windows = windows_of(base, rows, QA, 64)
     values, example, position, _ = entries_of(windows)
     keys = torch.cat([hidden for _, hidden in hidden_batches(base, windows, 1)]).numpy()
-    return keys, Datastore(*build_index(keys, "Flat"), values, example, position, rows)
+    return keys, Datastore(*build_index(keys, "Flat"), values, example, position, examples(rows))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
 """Rows, templates, token ids and windows; what is held out; files and templates that cannot work."""
 
-import csv
-import json
-
-import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, DEMO_ROWS, ROWS, SPECIAL
+from conftest import CHAT_TEMPLATE, ROWS, SPECIAL
 from transformers import AutoTokenizer
 
 from base_model import BaseLM, Literal
@@ -15,11 +11,7 @@ from texts import (
     encode_row,
     encode_to_end,
     entries_of,
-    explain_dataset_error,
     make_windows,
-    read_rows,
-    read_table,
-    split_rows,
     windows_of,
 )
 
@@ -266,139 +258,3 @@ def test_last_gives_one_entry_a_row(base):
     assert sorted(example) == list(range(6))
     ids = [encode_row(base, TEMPLATE, row)[:64] for row in ROWS[:6]]
     assert [ids[e][-1] for e in example] == values.tolist() and set(position) == {62}
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader(), writer.writerows(rows)
-    return path
-
-
-WRITERS = {
-    "rows.jsonl": jsonl,
-    "rows.json": lambda path, rows: path.write_text(json.dumps(rows)),
-    "rows.csv": write_csv,
-    "rows.parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
-    "ROWS.CSV": write_csv,
-}
-
-
-def read(path, template=TEMPLATE):
-    return read_rows(read_table(str(path)), str(path), template)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_rows_are_read_from_every_kind_of_file(name, tmp_path):
-    rows = [{**row, "Number": n, "Unused": "x"} for n, row in enumerate(ROWS[:5])]
-    rows[2]["Answer"] = 'Löst "das",\nsagt\u2028man.'
-    WRITERS[name](tmp_path / name, rows)
-    found = read(tmp_path / name, Template.parse("{Title} {Number}\n{Answer}"))
-    assert found == [{field: str(row[field]) for field in ("Title", "Number", "Answer")} for row in rows]
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_an_answer_may_read_none_or_nan(name, tmp_path):
-    rows = [{"q": f"q{n}", "a": answer} for n, answer in enumerate(("None", "NaN", "null", "N/A", "nan"))]
-    WRITERS[name](tmp_path / name, rows)
-    assert read(tmp_path / name, Template.parse("{q} {a}")) == rows
-
-
-def test_a_row_without_a_value_is_left_out(tmp_path):
-    blank = [{**ROWS[0], "Answer": value} for value in (None, "", " \n ")]
-    source = jsonl(tmp_path / "rows.jsonl", [*blank, ROWS[1], {"Title": "no more"}, ROWS[2]])
-    assert read(source) == ROWS[1:3]
-
-
-def test_a_field_that_is_not_there_is_refused_with_those_that_are(tmp_path):
-    source = jsonl(tmp_path / "rows.jsonl", ROWS[:3])
-    with pytest.raises(UserError) as error:
-        read(source, Template.parse("{Title} {Nothing}"))
-    assert "no field Nothing; it has Title, Question, Answer" in sentence(error)
-
-
-@pytest.mark.parametrize(("name", "content", "said"), [
-    ("empty.jsonl", "", "is empty"), ("empty.csv", "", "is empty"), ("empty.parquet", "", "is empty"),
-    ("blank.jsonl", json.dumps(dict.fromkeys(ROWS[0], " ")), "no row in which all of Title, Question, Answer are filled"),
-    ("garbage.jsonl", "{not json\n", "cannot be read"), ("garbage.parquet", "{not\n", "cannot be read"),
-    ("notes.txt", "words", "no JSON, JSONL, CSV or Parquet file"), ("missing.csv", None, "check the path")])
-def test_a_file_that_holds_no_rows_is_refused_in_words(name, content, said, tmp_path):
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError) as error:
-        read(path)
-    assert said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("error", "said"), [
-    ("Dataset 'a/b' doesn't exist on the Hub", "no dataset a/b on the hub"),
-    ("Couldn't reach 'a/b'\non the Hub (OfflineModeIsEnabled)", "check its name and the network")])
-def test_a_dataset_of_the_hub_is_explained_with_what_to_check(error, said):
-    message = explain_dataset_error("a/b", None, ValueError(error))
-    assert said in message and "\n" not in message
-
-
-def split(rows, held=None, template=TEMPLATE, fraction=0.05, most=None, seed=0):
-    return split_rows(rows, held, template, fraction, most, seed, "rows.jsonl")
-
-
-def texts(rows, template=TEMPLATE):
-    return {text_of(template.render(row)) for row in rows}
-
-
-def test_a_row_that_occurs_twice_is_never_on_both_sides():
-    kept, held = split(ROWS[:10] * 2, fraction=0.3)
-    assert not texts(kept) & texts(held) and texts(kept) | texts(held) == texts(ROWS[:10])
-
-
-def test_a_row_of_the_validation_dataset_is_not_trained_on():
-    kept, held = split(ROWS[:10], ROWS[:3])
-    assert held == ROWS[:3] and kept == ROWS[3:10]
-
-
-def test_a_long_answer_of_the_validation_dataset_is_not_trained_on_under_another_question():
-    (first, twin), others = DEMO_ROWS[:2], ROWS[1:9]
-    assert first["Answer"] == twin["Answer"] and first["Question"] != twin["Question"]
-    assert split([twin, *others], [first, ROWS[9]])[0] == others
-
-
-def test_one_seed_splits_one_way_and_another_another():
-    first, second, other = (split(ROWS[:24], seed=seed) for seed in (3, 3, 4))
-    assert first == second and first[1] != other[1]
-    assert sorted(map(str, first[0] + first[1])) == sorted(map(str, ROWS[:24]))
-
-
-def test_a_long_answer_stands_on_one_side_of_the_split_only_and_short_ones_may_stand_on_both(capsys):
-    rows = [{"Title": f"t{n}", "Question": f"q{n}?", "Answer": f"answer {n // 3} " + "and so on " * 12} for n in range(12)]
-    rows += [{"Title": f"s{n}", "Question": f"short {n}?", "Answer": "Yes."} for n in range(12)]
-    kept, held = split(rows, fraction=0.3)
-    kept_answers, held_answers = ({row["Answer"] for row in part} for part in (kept, held))
-    assert kept_answers & held_answers == {"Yes."}
-    assert any(len(answer) > 100 for answer in kept_answers) and any(len(answer) > 100 for answer in held_answers)
-    assert 0 < len(rows) - len(kept) - len(held) == int(capsys.readouterr().out.split("left out: ")[1].split()[0])
-    long = [row["Answer"] for row in held if len(row["Answer"]) > 100]
-    assert len(set(long)) == len(long)  # both halves of the report would else know one answer
-
-
-@pytest.mark.parametrize(("rows", "fraction", "held"), [(24, 0.05, 2), (24, 0.25, 6), (440, 0.9, 200)])
-def test_the_held_out_share_is_at_least_2_and_at_most_200_rows(rows, fraction, held):
-    assert [len(part) for part in split(ROWS[:rows], fraction=fraction)] == [rows - held, held]
-
-
-def test_max_examples_takes_fewer_rows_and_holds_out_the_same():
-    all_rows, held = split(ROWS[:24])
-    some, same = split(ROWS[:24], most=7)
-    assert len(some) == 7 and same == held and all(row in all_rows for row in some)
-
-
-@pytest.mark.parametrize(("rows", "held", "most"), [(3, None, None), (24, None, 1), (24, 1, None), (2, 2, None)])
-def test_too_few_rows_are_refused_in_words(rows, held, most):
-    with pytest.raises(UserError, match="is too small") as error:
-        split(ROWS[:rows], held and ROWS[:held], most=most)
-    assert "at least 2 of each" in sentence(error)

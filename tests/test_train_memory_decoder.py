@@ -26,14 +26,15 @@ import evaluation
 import stages
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, Literal
+from corpus import Corpus
 from datastore import knn_weights
 from memory_decoder import MemoryDecoder, read_manifest
-from texts import Template, encode_row, entries_of, windows_of
-from train_memory_decoder import Batches, Options, epoch_batches, parse_options, read_data
+from texts import ORIGINAL, Template, encode_row, entries_of, windows_of
+from train_memory_decoder import Batches, Options, epoch_batches, parse_options
 
 ARTEFACTS = {"memory_decoder.pt", "faiss_index.bin", "datastore_values.npy", "datastore_entries.npz", "examples.jsonl",
-             "config.json", "metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png"}
-TEMPLATE = Template.parse(Options.template)
+             "config.json", "metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png", "held_out.jsonl"}
+TEMPLATE = Template.parse(ORIGINAL)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_the_manifest_knows_every_file_by_its_checksum(trained):
     manifest, files = read_manifest(trained), contents(trained)
     assert manifest["files"].keys() == ARTEFACTS - {"config.json"}
     assert all(files[trained / name] == digest for name, digest in manifest["files"].items())
-    assert manifest["template"] == TEMPLATE.pattern and manifest["options"]["num_epochs"] == 2
+    assert manifest["sources"] == [{"name": "rows.jsonl", "template": ORIGINAL}] and manifest["options"]["num_epochs"] == 2
 
 
 def test_every_stored_value_is_the_token_that_really_comes_next(trained, base):
@@ -195,7 +196,7 @@ def test_the_scale_is_chosen_on_the_even_held_out_rows(earlier, rerun, rows_file
     monkeypatch.setattr(evaluation, "calibrate", lambda *a: read.extend(a[2]) or real(*a))
     shutil.rmtree(next(earlier.glob("stages/report-*")))
     rerun(earlier)
-    _, _, held = read_data(Options(dataset=str(rows_file)))
+    held = [example.row for example in Corpus.read(Options(dataset=str(rows_file))).held]
     windows = windows_of(base, held, TEMPLATE, 96)
     assert read == [window for window in windows if window.example % 2 == 0] != windows
 
@@ -320,9 +321,9 @@ def test_held_out_rows_are_in_no_entry(trained, rows_file, base):
 
 def test_a_validation_dataset_is_held_out_whole(rows_file, tmp_path):
     apart = jsonl(tmp_path / "held.jsonl", ROWS[1:4])
-    template, rows, held = read_data(Options(dataset=str(rows_file), validation_dataset=str(apart), max_examples=7))
-    assert template.pattern == Options.template and held == ROWS[1:4]
-    assert len(rows) == 7 and all(row in ROWS for row in rows)
+    corpus = Corpus.read(Options(dataset=str(rows_file), validation_dataset=str(apart), max_examples=7))
+    assert corpus.sources == [{"name": "rows.jsonl", "template": ORIGINAL}] and [e.row for e in corpus.held] == ROWS[1:4]
+    assert len(corpus.examples) == 7 and all(example.row in ROWS for example in corpus.examples)
 
 
 def test_another_template_and_a_csv_file_train_from_the_command_to_the_report(train, tmp_path):
@@ -334,7 +335,7 @@ def test_another_template_and_a_csv_file_train_from_the_command_to_the_report(tr
     folder = train(tmp_path / "out", "--dataset", tmp_path / "rows.csv", "--template", pattern, "--num_epochs", 1)
     stored = stored_rows(folder)
     assert len(stored) == 6 and all(row in [{"ask": r["ask"], "reply": r["reply"]} for r in rows] for row in stored)
-    assert read_manifest(folder)["template"] == pattern
+    assert read_manifest(folder)["sources"][0]["template"] == pattern
     assert "| memory alone |" in (folder / "report.md").read_text()
 
 

@@ -1,0 +1,110 @@
+"""The text of a memory: its sources, its examples, and what is held out; what is added to it and what it forgets."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from command import UserError
+from datastore import read_examples
+from rows import check_enough, read_rows, split_rows, telltale
+from tables import in_smaller_parts, read_table
+from texts import Template, usual_template
+
+HELD_OUT = "held_out.jsonl"
+
+
+@dataclass
+class Corpus:
+    """What a memory is made of, and what it is tested on."""
+
+    sources: list  # {"name", "template"} of each
+    examples: list  # Examples of training
+    held: list  # Examples that no entry comes from
+
+    @classmethod
+    def read(cls, options):
+        """The Corpus of a dataset that is named by the options of script 1."""
+        table = in_smaller_parts(read_table(options.dataset, options.split))
+        pattern = typed(options.template) if options.template else usual_template(table.columns)
+        template, held = Template.parse(pattern, columns=table.columns), None
+        if options.validation_dataset or options.validation_split:
+            source = options.validation_dataset or options.dataset
+            held = read_rows(read_table(source, options.validation_split), template)
+        examples = read_rows(table, template)
+        tell_unused(table, template)
+        examples, held = split_rows(examples, held, template, options.validation_fraction, options.max_examples, options.seed,
+                                    options.dataset)
+        print(f"examples: {len(examples)} to learn; held out to test on: {few_of([e.name for e in held])}", flush=True)
+        return cls([{"name": table.name, "template": template.pattern}], examples, held)
+
+    @classmethod
+    def open(cls, folder, manifest):
+        """The Corpus of a folder of artefacts."""
+        return cls(manifest["sources"], read_examples(folder / "examples.jsonl"), read_examples(folder / HELD_OUT))
+
+    def templates(self, base):
+        """The Template of each source, in the words of a base model."""
+        return [Template.parse(source["template"], base) for source in self.sources]
+
+    def fitting(self, base):
+        """The same Corpus with plain words where the base model has no chat template for the usual form of a question."""
+        template = Template.parse(self.sources[0]["template"])
+        if base.tokenizer.chat_template or template.whole_chats or not template.pattern.startswith("chat ") :
+            return self
+        question, answer = template.fields
+        plain = f"Question: {{{question}}}\nAnswer: {{{answer}}}"
+        return replace(self, sources=[self.sources[0] | {"template": plain}, *self.sources[1:]])
+
+    def added(self, source, split=None, pattern=None):
+        """The Corpus with another source behind it; raises UserError for one that it holds."""
+        table = read_table(source, split)
+        template = Template.parse(typed(pattern) if pattern else usual_template(table.columns), columns=table.columns)
+        new = read_rows(table, template, len(self.sources))
+        names = {document(example.name) for example in [*self.examples, *self.held]}
+        known = sorted(names & {document(example.name) for example in new})
+        if known:
+            raise UserError(f"This memory holds {known[0]} already; --forget it first, or give the file another name.")
+        held = self.held
+        if template.fields:
+            new_text = {part for example in new for part in telltale(example.row, template)}
+            held = [e for e in held if not new_text & set(telltale(e.row, Template.parse(self.sources[e.source]["template"])))]
+        check_enough(len(self.examples), len(held), source)
+        return Corpus([*self.sources, {"name": table.name, "template": template.pattern}], [*self.examples, *new], held)
+
+    def without(self, name, seed):
+        """The Corpus without a document, a row (table:row), a table or a folder; raises UserError for one that it lacks."""
+        def gone(example):
+            return example.name == name or example.name.startswith((f"{name}:", f"{name.rstrip('/')}/")) \
+                or self.sources[example.source]["name"] == name
+
+        examples, held = ([e for e in part if not gone(e)] for part in (self.examples, self.held))
+        if len(examples) + len(held) == len(self.examples) + len(self.held):
+            there = sorted({document(e.name) for e in [*self.examples, *self.held]})
+            raise UserError(f"This memory holds nothing of the name {name}; it holds {few_of(there)}.")
+        while len(held) < 2 < len(examples):  # a report needs two
+            held.append(examples.pop(int(np.random.default_rng(seed).integers(len(examples)))))
+        check_enough(len(examples), len(held), "that is left")
+        return Corpus(self.sources, examples, held)
+
+
+def few_of(names):
+    """Some of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def document(name):
+    """The name of the document or table that an example comes from."""
+    return name.rsplit(":", 1)[0] if name.rpartition(":")[2].isdigit() else name
+
+
+def typed(pattern):
+    r"""A template as it was typed: \n and \t are a newline and a tab."""
+    return pattern.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def tell_unused(table, template):
+    """Print what is read of a table and what is not."""
+    fields = {field.split(".")[0] for field in template.fields} | set(template.fields)
+    unused = [name for name in table.columns if name not in fields]
+    form = " ".join(template.pattern.split("\n"))
+    print(f"template: {form}" + (f"; not used: {', '.join(unused)}" if unused else ""), flush=True)

@@ -1,0 +1,129 @@
+"""The memory that a folder holds already: who may work on it, and what a run that changes it takes over."""
+
+import json
+import math
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+import evaluation
+from command import UserError
+from corpus import Corpus, few_of
+from memory_decoder import MemoryDecoder, read_manifest
+from texts import windows_of_sources
+
+# What makes entries and decoder alike, so that it cannot change on the way.
+FIXED = ("max_length", "positions", "k", "index", "decoder_dim", "context", "norm", "head_init", "dtype")
+OF_ONE_RUN = ("output_dir", "add", "forget", "demo", "original", "dataset", "template", "split", "validation_dataset",
+              "validation_split", "device", "max_examples")
+MOST_WINDOWS = 200  # of added or forgotten text that are scored before and after
+
+
+class Claim:
+    """The right to write into a folder: one run at a time. A context manager, held until its end."""
+
+    def __init__(self, folder, wanted=True):
+        """wanted: False in the processes of one run that write nothing."""
+        self.folder, self.wanted = Path(folder) / "stages", wanted
+        self.lock = filelock.FileLock(self.folder / ".lock")
+
+    def __enter__(self):
+        if self.folder.is_dir():
+            self.make_folder()
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release(force=True)
+
+    def make_folder(self):
+        """Make the folder and claim it. Raises UserError where another run holds it, or nothing can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.wanted:
+                self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"Another training is writing to the folder {self.folder.parent}; wait for its end, or name another "
+                            "--output_dir.") from None
+        except OSError as error:
+            raise UserError(f"Nothing can be written to the folder {self.folder.parent}: {error.strerror}.") from None
+
+
+def earlier_options(options):
+    """What --add and --forget take over from the training of the memory, as defaults; raises UserError where there is none."""
+    manifest = read_manifest(options.output_dir)
+    if manifest is None:
+        raise UserError(f"There is no memory in {options.output_dir} to change; train one first, or name its --output_dir.")
+    return {name: value for name, value in manifest["options"].items() if name not in OF_ONE_RUN}
+
+
+class Earlier:
+    """A memory that a run changes: its text, its artefacts, and what is left of its stages."""
+
+    def __init__(self, folder):
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.corpus = Corpus.open(folder, self.manifest)
+        with np.load(folder / "datastore_entries.npz", allow_pickle=False) as entries:
+            self.example, self.mean = entries["example"], entries["mean"]
+
+    def changed(self, options):
+        """The Corpus without what the options forget and with what they add."""
+        corpus = self.corpus
+        if options.forget:
+            corpus = corpus.without(options.forget, options.seed)
+        return corpus.added(options.add, options.split, options.template) if options.add else corpus
+
+    def check(self, base, options):
+        """Raise UserError for another base model, or an option that this memory has otherwise."""
+        if base.fingerprint != self.manifest["base_fingerprint"]:
+            raise UserError(f"The base model {base.name} is not the one that this memory was trained with "
+                            f"({self.manifest['base_model']}); name that one with --base_model.")
+        for name in FIXED:
+            was = self.manifest["options"][name]
+            if str(getattr(options, name)) != str(was):
+                raise UserError(f"This memory was made with --{name} {was}, which cannot change; train a new one for another.")
+
+    def decoder(self):
+        return MemoryDecoder.load(self.folder / "memory_decoder.pt")
+
+    def found(self, *names):
+        """The folders of these stages, or None if they are no longer there."""
+        folders = [self.stage(name) for name in names]
+        return folders if all((folder / "done.json").exists() for folder in folders) else None
+
+    def stage(self, name):
+        return self.folder / "stages" / self.manifest["stages"][name]
+
+    def entries_in(self, corpus):
+        """Numbers of the entries whose example is in another Corpus too."""
+        names = {example.name for example in corpus.examples}
+        return np.flatnonzero(np.array([example.name in names for example in self.corpus.examples])[self.example])
+
+    def new(self, windows, corpus):
+        """Those of a Corpus's windows whose text this memory lacks."""
+        names = {example.name for example in self.corpus.examples}
+        return [window for window in windows if corpus.examples[window.example].name not in names]
+
+    def difference(self, base, decoder, corpus, entries, options):
+        """What the change did, as plain data: counts, and perplexities of added and forgotten text before and after."""
+        def apart(one, other):
+            names = {example.name for part in other for example in part}
+            return [example for part in one for example in part if example.name not in names]
+
+        was, now = ((c.examples, c.held) for c in (self.corpus, corpus))
+        metrics = json.loads((self.folder / "metrics.json").read_text())
+        found = {"entries": [len(self.example), entries], "held_out": metrics["held_out"]}
+        for name, examples, templates in (("added", apart(now, was), corpus.templates(base)),
+                                          ("forgotten", apart(was, now), self.corpus.templates(base))):
+            if examples:
+                windows = windows_of_sources(base, examples, templates, options.max_length)
+                names = few_of([example.name for example in examples])
+                found[name] = {"names": names} | self.scored(base, decoder, windows, options)
+        return found
+
+    def scored(self, base, decoder, windows, options):
+        """Perplexity of windows under the base, and under the memory before and after."""
+        windows = windows[::math.ceil(len(windows) / MOST_WINDOWS)]
+        after, before = (evaluation.score_positions(base, each, windows, options.batch_size) for each in (decoder, self.decoder()))
+        return {"base": evaluation.perplexity(after["base"]), "before": evaluation.perplexity(before["memory"]),
+                "after": evaluation.perplexity(after["memory"])}
