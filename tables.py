@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def read_file(path, kind=None):
         raise UserError(f"The dataset file {path} is empty.")
     try:
         return TABLES[kind](path)
-    except (ValueError, csv.Error, OSError, RecursionError) as error:
+    except (ValueError, csv.Error, OSError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(f"The dataset file {path} cannot be read: {reason(error)}.") from None
 
 

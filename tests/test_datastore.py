@@ -1,12 +1,11 @@
 """Keys, the index, neighbour search, kNN weights, seen tokens, and the stored rows."""
 
-import json
 
 import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS
+from conftest import ROWS, examples, rows_of
 
 import datastore
 from base_model import BaseLM
@@ -15,13 +14,16 @@ from datastore import (
     Datastore,
     build_index,
     choose_index,
+    copy_keys,
     default_temperature,
     find_neighbours,
+    grow_index,
     hidden_batches,
     knn_weights,
     open_keys,
     seen_tokens,
     write_atomically,
+    write_examples,
     write_keys,
 )
 from texts import Entries, Template, encode_row, entries_of, windows_of
@@ -103,6 +105,63 @@ def test_neighbours_leave_out_the_own_example_however_often_keys_repeat(factory)
     np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
+def test_an_example_that_is_most_of_the_text_takes_bounded_memory_and_finds_the_same(factory, monkeypatch):
+    store, keys = random_store(factory=factory)
+    if factory != "Flat":
+        faiss.extract_index_ivf(store.index).nprobe = 8
+    store.example[:400] = 99  # one row of 400 entries, half of them equal to entries of others
+    sizes, real = [], store.search
+    monkeypatch.setattr(datastore, "FOUND_AT_ONCE", 2000)
+    monkeypatch.setattr(store, "search", lambda queries, k: sizes.append((len(queries), k)) or real(queries, k))
+    D, I = store.search_others(keys, store.example, 12)
+    exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
+    exact[store.example[:, None] == store.example[None]] = np.inf
+    assert (store.example[I] != store.example[:, None]).all()
+    np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
+    assert max(count * k for count, k in sizes) <= 2000 and max(k for _, k in sizes) > 400
+
+
+@pytest.mark.parametrize("added", [1, 3, 60])
+def test_neighbours_of_a_grown_datastore_are_those_of_one_made_at_once(added, tmp_path):
+    store, keys = random_store()
+    store.example[-added:] = 99  # the added text is another example
+    for name in ("before", "grown", "whole"):
+        (tmp_path / name).mkdir()
+    before = Datastore(build_index(keys[:-added], "Flat")[0], store.mean, store.values[:-added], store.example[:-added], None, [])
+    before.mean = build_index(keys[:-added], "Flat")[1]
+    find_neighbours(before, keys[:-added], 5, tmp_path / "before")
+    faiss.write_index(before.index, str(tmp_path / "index"))
+    index = grow_index(tmp_path / "index", keys, len(keys) - added, before.mean)
+    grown = Datastore(index, before.mean, store.values, store.example, None, [])
+    asked, real = [], grown.search_others
+    grown.search_others = lambda queries, *more: asked.append(len(queries)) or real(queries, *more)
+    find_neighbours(grown, keys, 5, tmp_path / "grown", tmp_path / "before")
+    find_neighbours(store, keys, 5, tmp_path / "whole")
+    one, other = (np.load(tmp_path / name / "neighbours_D.npy") for name in ("grown", "whole"))
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    I = np.load(tmp_path / "grown/neighbours_I.npy")
+    assert (store.example[I] != store.example[:, None]).all() and asked == [added]  # the others met only what is new
+
+
+def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path, monkeypatch):
+    windows = windows_of(base, ROWS[:6], TEMPLATE, 64)
+    offsets, known = entries_of(windows).offsets, 5
+    whole, read, real = np.array(keys_on_disk(base, windows, tmp_path / "whole")), [], base.hidden
+    for size in (0, 100, None):  # copied from the start, and again where a kill cut the copy
+        wanted = np.arange(offsets[known])
+        (tmp_path / "grown").write_bytes((tmp_path / "whole").read_bytes()[:size] if size is not None else b"")
+        copy_keys(tmp_path / "whole", wanted, tmp_path / "grown", base.width)
+        monkeypatch.setattr(base, "hidden", lambda ids, *more: read.append(len(ids)) or real(ids, *more))
+        write_keys(base, windows, offsets, tmp_path / "grown", 4, known)
+        monkeypatch.undo()
+        grown = np.array(open_keys(tmp_path / "grown", base.width))
+        np.testing.assert_array_equal(grown[:offsets[known]], whole[:offsets[known]])
+        np.testing.assert_allclose(grown, whole, rtol=2e-3, atol=1e-3)
+        assert sum(read) == len(windows) - known
+        read.clear()
+
+
 def test_neighbours_that_an_index_cannot_find_are_marked():
     store, keys = random_store(count=300, examples=2, factory="IVF32,Flat")
     faiss.extract_index_ivf(store.index).nprobe = 1
@@ -148,7 +207,7 @@ def test_an_approximate_index_finds_the_same_once_it_is_on_disk(factory, tmp_pat
         np.testing.assert_allclose(D, expected_D, rtol=1e-5)
         assert np.array_equal(I, expected_I) and I.min() >= 0
     assert (opened.search(queries, 1)[1][:, 0] == np.arange(0, 2000, 40)).all()
-    assert opened.example[40] == 2 and opened.rows[opened.example[40]] == {"a": "2"}
+    assert opened.example[40] == 2 and opened.examples[opened.example[40]].row == {"a": "2"}
 
 
 def test_recall_is_one_for_an_exact_index_and_less_for_a_coarse_one():
@@ -217,27 +276,26 @@ def save_store(folder, index, mean, values, example, position, rows):
     faiss.write_index(index, str(folder / "faiss_index.bin"))
     np.savez(folder / "datastore_entries.npz", example=example, position=position, mean=mean)
     np.save(folder / "datastore_values.npy", values)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "examples.jsonl").write_text(lines, encoding="utf-8")
+    write_examples(examples(rows), folder / "examples.jsonl")
 
 
 def test_a_stored_row_may_hold_any_line_separator(tmp_path):
     keys, rows = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float16), [{"a": "x\u2028y\u0085z"}, {"a": "b\nc"}]
     save_store(tmp_path, *build_index(keys, "Flat"), [4, 5, 6], [0, 1, 1], [1, 1, 2], rows)
     store = Datastore.open(tmp_path)
-    assert store.rows == rows and len(store) == 3 and store.search(keys[2:], 1)[1] == [[2]]
+    assert store.examples == examples(rows) and len(store) == 3 and store.search(keys[2:], 1)[1] == [[2]]
 
 
 def test_entries_trace_back_to_their_text(trained, base):
     store = Datastore.open(trained)
     for entry in range(0, len(store), 97):
-        ids = encode_row(base, TEMPLATE, store.rows[store.example[entry]])
+        ids = encode_row(base, TEMPLATE, rows_of(store)[store.example[entry]])
         assert ids[store.position[entry] + 1] == store.values[entry]
 
 
 def test_a_stored_key_finds_its_own_entry(trained, base):
     store = Datastore.open(trained)
-    hidden = base.hidden(torch.tensor([encode_row(base, TEMPLATE, store.rows[0])[:60]]))[0]
+    hidden = base.hidden(torch.tensor([encode_row(base, TEMPLATE, rows_of(store)[0])[:60]]))[0]
     D, I = store.search(hidden[50:51].numpy(), 1)
     assert D[0, 0] < 1e-2
     assert (store.example[I[0, 0]], store.position[I[0, 0]]) == (0, 50)

@@ -170,7 +170,8 @@ BAD_FILES = [
     ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     ("deep.json", b"[" * 100_000, "cannot be read"), ("broken.jsonl.gz", gzip.compress(b"{}")[:12], "cannot be read"),
     ("latin.txt", b"Stra\xdfe", "not UTF-8 text"), ("notes.docx", b"PK", "of no kind that is read"),
-    ("missing.csv", None, "check the path"), ("missing.txt", None, "check the path"), ("nowhere/at/all", None, "check the path"), ("empty.txt", b" \n", "no row")]
+    ("missing.csv", None, "check the path"), ("missing.txt", None, "check the path"),
+    ("nowhere/at/all", None, "check the path"), ("empty.txt", b" \n", "no row")]
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BAD_FILES, ids=[name for name, *_ in BAD_FILES])

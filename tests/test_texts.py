@@ -90,13 +90,28 @@ def test_a_template_that_cannot_work_is_refused_in_words(pattern):
 
 def test_the_header_of_any_field_and_words_behind_the_last_end_an_answer(base):
     assert TEMPLATE.stops(base) == ["\nAnswer:", "\nQuestion:", "\nTitle:"]
-    assert Template.parse("Q {q} A {a}\n###\n").stops(base) == ["\n###", "\nA", "\nQ"]
+    assert Template.parse("Q: {q} A: {a}\n###\n").stops(base) == ["\n###", "\nA:", "\nQ:"]
     assert Template.parse("{q}\n{a}").stops(base) == Template.parse("{q}\n{a}.").stops(base) == []
+
+
+@pytest.mark.parametrize("header", ["Q", "A", "-", "--", "1.", "1)", "a)", "Answer", "The answer", "*", "=>", "\u2022"])
+def test_a_header_with_which_a_line_of_an_answer_may_begin_ends_none(base, header):
+    assert Template.parse(f"{{q}}\n{header} {{a}}").stops(base) == []
+
+
+@pytest.mark.parametrize("header", ["Q:", "### Answer", "[INST]", "Answer ->", "**Answer**", "Frage:", "\u7b54:"])
+def test_a_marked_header_ends_an_answer(base, header):
+    assert Template.parse(f"{{q}}\n{header} {{a}}").stops(base) == [f"\n{header}"]
+
+
+def test_a_short_mark_behind_the_last_field_closes_an_answer_where_the_text_ends(base):
+    for pattern, closing in (("{q}\n{a}.", "."), ("{q}\n{a} ]\n", " ]"), ("{q}\n{a}", ""), ("{q}\n{a}###", ""), (MARKED, "")):
+        assert Template.parse(pattern).closing(base) == closing
 
 
 def test_a_mark_behind_the_last_field_ends_an_answer_as_a_token_and_not_as_text(base):
     other = Template.parse("Q {q} A {a} <unk> x")
-    assert other.ends(base) == base.ends | {SPECIAL.index("<unk>")} and other.stops(base) == ["\nA", "\nQ"]
+    assert other.ends(base) == base.ends | {SPECIAL.index("<unk>")} and other.stops(base) == []
     assert TEMPLATE.ends(base) == base.ends
 
 
