@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import constants, errors, get_token
+from huggingface_hub import HfApi, constants, errors, get_token
 
 from command import one_line
 
@@ -24,8 +24,8 @@ OTHERS = {"model": "name an ungated model, e.g. --base_model Qwen/Qwen2.5-0.5B",
 WITHOUT = {"model": "train the embedded default with --demo", "dataset": "name a file on this machine with --dataset"}
 
 SENTENCES = {
-    "gated": "The {kind} {name} is gated: accept its terms at {page} (some authors then look at each request), run "
-             "`hf auth login`, then try again; or {other}.",
+    "gated": "The {kind} {name} is gated: accept its terms at {page} (and wait, where its authors look at each "
+             "request), run `hf auth login`, then try again; or {other}.",
     "awaited": "The {kind} {name} is gated and its authors have not answered your request yet; wait for them, see {page}, "
                "or {other}.",
     "rejected": "The {kind} {name} is gated and its authors have rejected your request; {other}.",
@@ -65,17 +65,18 @@ def explain(kind, name, error):
     kind: "model" or "dataset". error: what transformers, huggingface_hub or datasets raised.
     """
     found = classify(error)
+    if any(isinstance(one, DatasetNotFoundError) for one in chained(error)):
+        found = asked_again(name) or found
     if found is None:
         return None
     word, said = found
     word = "proxy" if word == "network" and goes_through_proxy() else word
-    set_here = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "HUGGING_FACE_HUB_TOKEN"
-    by_variable = bool(os.environ.get(set_here))
+    variable = next(filter(os.environ.get, ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")), None)
     return SENTENCES[word].format(
         kind=kind, name=name, said=said, page=PAGES[kind] + str(name), place=PLACES[kind], flag=FLAGS[kind], other=OTHERS[kind],
         without=WITHOUT[kind], hub=constants.ENDPOINT, home=constants.HF_HOME,
-        token=f"in the environment variable {set_here}" if by_variable else "that `hf auth login` stored",
-        renew="set the variable to it, or unset it" if by_variable else "run `hf auth login`, or `hf auth logout` to go without",
+        token=f"in the environment variable {variable}" if variable else "that `hf auth login` stored",
+        renew="set the variable to it, or unset it" if variable else "run `hf auth login`, or `hf auth logout` to go without",
         offline=next(filter(is_set, OFFLINE), OFFLINE[0]))
 
 
@@ -88,10 +89,16 @@ def classify(error):
     for one in chain:
         if (response := answer(one)) is not None:
             return of_answer(response)
-    for test in (of_library, of_network):
-        for one in chain:
-            if word := test(one):
-                return word, ""
+    word = next(filter(None, map(of_library, chain)), None) or of_network(chain)
+    return (word, "") if word else None
+
+
+def asked_again(name):
+    """What the hub says of a dataset when it is asked once more, if it answers: datasets drops the answer that it had."""
+    try:
+        HfApi().auth_check(str(name), repo_type="dataset")
+    except Exception as error:  # whatever it is, the sentence for what datasets said remains
+        return classify(error) if answer(error) is not None else None
     return None
 
 
@@ -156,7 +163,7 @@ def of_this_machine(error):
 
 def of_library(error):
     """The word for what the libraries found out themselves, without an answer that is still at hand."""
-    if isinstance(error, DatasetNotFoundError):  # it is raised "from None" and has lost the hub's answer
+    if isinstance(error, DatasetNotFoundError):
         return "gated" if "gated dataset on the Hub" in str(error) else "missing"
     if isinstance(error, errors.GatedRepoError):
         return "gated"
@@ -169,9 +176,9 @@ def of_library(error):
     return "cut" if "Consistency check failed" in str(error) else None
 
 
-def of_network(error):
-    """The word for a way to the hub that is closed."""
-    words = [of_connection(one) for one in chained(error)]
+def of_network(chain):
+    """The word for a way to the hub that is closed: the one that says most."""
+    words = set(map(of_connection, chain))
     return next((word for word in ("token", "offline", "certificate", "proxy", "timeout", "network") if word in words), None)
 
 
