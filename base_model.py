@@ -209,7 +209,7 @@ def converted(path):
 
     The weights are unpacked to bfloat16. Raises UserError for a file that transformers cannot read.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, it raises nothing for a name that cannot be looked up
         raise UserError(f"There is no file {path}; check --base_model.")
     try:
         folder = CACHE / f"{path.stem}-{file_checksum(path)[:16]}"

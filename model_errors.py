@@ -31,17 +31,18 @@ def explain_load_error(name, error):
     name: what the user named. error: what transformers raised.
     """
     path = Path(name)
-    if path.is_file():
+    is_folder = os.path.isdir(path)  # unlike Path's own, it raises nothing for a name that cannot be looked up
+    if os.path.isfile(path):
         return f"The file {name} is no base model; --base_model takes a folder, a name on the hub or a file that ends in .gguf."
-    if not path.is_dir():
+    if not is_folder:
         if path.is_absolute() or str(name).startswith((".", "~")):
             return f"There is no folder {name}; check --base_model."
         if sentence := hub.explain("model", name, error):
             return sentence
-    fault = fault_of_folder(path, "download it again", error) if path.is_dir() else fault_on_hub(name, error)
+    fault = fault_of_folder(path, "download it again", error) if is_folder else fault_on_hub(name, error)
     if fault:
-        return f"The {'folder' if path.is_dir() else 'model'} {name} {fault}."
-    if path.is_dir():
+        return f"The {'folder' if is_folder else 'model'} {name} {fault}."
+    if is_folder:
         return f"The folder {name} does not hold a causal language model that transformers can load: {one_line(error)}"
     return f"The model {name} could not be loaded: {one_line(error)}"
 

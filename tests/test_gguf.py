@@ -194,7 +194,8 @@ def test_a_gguf_file_that_lacks_a_weight_is_refused_and_leaves_nothing(tmp_path,
 
 
 def test_a_gguf_file_that_is_not_there_is_refused(tmp_path, cache):
-    assert refusal(str(tmp_path / "no.gguf")) == f"There is no file {tmp_path / 'no.gguf'}; check --base_model."
+    for path in (tmp_path / "no.gguf", tmp_path / f"{'x' * 300}.gguf"):
+        assert refusal(str(path)) == f"There is no file {path}; check --base_model."
 
 
 def place_package(monkeypatch, folder):

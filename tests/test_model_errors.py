@@ -183,7 +183,7 @@ def test_a_folder_with_spaces_and_foreign_letters_in_its_path_loads(folder, base
 
 
 def test_a_folder_that_does_not_exist_is_not_called_gated(tmp_path):
-    for name in (str(tmp_path / "model-401"), "./model-401", "../no/such", "~/model-401"):
+    for name in (str(tmp_path / "model-401"), "./model-401", "../no/such", "~/model-401", f"/{'x' * 300}"):
         assert refusal(name) == f"There is no folder {name}; check --base_model."
 
 
