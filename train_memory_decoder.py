@@ -319,6 +319,8 @@ def run(options):
     """All stages; raises UserError for whatever the user can mend."""
     options.check()
     device = pick_device(options.device)
+    if "LOCAL_RANK" not in os.environ:  # one of several processes gets a device of its own
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if fast_bfloat16(device) else "no",
                               kwargs_handlers=[patience])

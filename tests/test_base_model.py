@@ -1,19 +1,15 @@
-"""The frozen base model: loading and its errors, token ids, end tokens, logits, GGUF files and the demo's package."""
+"""The frozen base model: token ids, hidden states, logits, end tokens, number format, and models that cannot serve."""
 
 import copy
-import hashlib
 import json
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, SPECIAL, make_tiny_gemma
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quantize
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, pre_tokenizers
+from models import make_model, refusal
+from tokenizers import AddedToken
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -29,12 +25,11 @@ from transformers import (
 )
 
 import base_model
-from base_model import BaseLM, Literal, explain_load_error
+import machine
+from base_model import BaseLM, Literal
 from command import UserError
 
 BOS, TURN, END = SPECIAL.index("<bos>"), SPECIAL.index("<turn>"), SPECIAL.index("<end>")
-SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}
 TEXTS = ["", " ", "  two  spaces ", "\n\n\ttab\tand\r\nline \n", "naïve façade – 東京 Ωμέγα", "😀👩‍👩‍👧 e\u0301",
          "a\x00b\x7f\u00a0\u200b", "Hello , world . Don 't !", "<0x41> <0xE2>", "x=1234567890;",
          "a <unk> b<pad><bos><eos><turn>user\n<end>", "<<eos>> < eos> <eos", "<bos>first", "\ud7ff\U0010ffff"]
@@ -44,19 +39,6 @@ TEXTS = ["", " ", "  two  spaces ", "\n\n\ttab\tand\r\nline \n", "naïve façade
 def tokenizer(tiny_gemma):
     """A tokenizer that a test may change."""
     return AutoTokenizer.from_pretrained(tiny_gemma)
-
-
-def make_model(model_class, config_class, **more):
-    torch.manual_seed(0)
-    return model_class(config_class(**SMALL, **more))
-
-
-def refusal(*arguments, **more):
-    """The sentence with which BaseLM.load refuses."""
-    with pytest.raises(UserError) as error:
-        BaseLM.load(*arguments, **{"device": "cpu", **more})
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    return str(error.value)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -243,214 +225,6 @@ def test_dtype_auto_is_bfloat16_where_that_is_fast_and_else_float32_where_it_fit
     BaseLM.load(str(tiny_gemma), "bfloat16", "cpu").model.save_pretrained(folder)
     asked = []
     monkeypatch.setattr(base_model, "fast_bfloat16", lambda device: asked.append(device) or fast)
-    monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     assert BaseLM.load(str(folder), device="cpu").model.dtype == expected and asked == ["cpu"]
     assert BaseLM.load(str(folder), "float16", "cpu").model.dtype == torch.float16
-
-
-@pytest.mark.parametrize("device", ["abacus", "cuda:x" if not torch.cuda.is_available() else "abacus:0"])
-def test_a_device_that_is_not_here_is_refused_with_those_that_are(tiny_gemma, device):
-    sentence = refusal(str(tiny_gemma), device=device)
-    assert f"There is no device {device} here" in sentence and "cpu" in sentence
-
-
-def break_weights(name, folder):
-    path = folder / "model.safetensors"
-    if name == "half":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif name == "pointer":
-        path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5000000000\n")
-    elif name == "gptq":
-        config = json.loads((folder / "config.json").read_text())
-        more = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-        (folder / "config.json").write_text(json.dumps(config | more))
-    elif name == "missing":
-        weights = load_file(path)
-        del weights["model.layers.1.mlp.up_proj.weight"]
-        save_file(weights, path, {"format": "pt"})
-    elif name == "config":
-        (folder / "config.json").write_text("{")
-    elif name == "hollow":
-        shutil.rmtree(folder), folder.mkdir()
-
-
-@pytest.mark.parametrize("name", ["half", "pointer", "gptq", "missing", "config", "hollow"])
-def test_a_folder_that_cannot_be_loaded_is_named_in_one_sentence(tiny_gemma, tmp_path, name):
-    folder = shutil.copytree(tiny_gemma, tmp_path / "model")
-    break_weights(name, folder)
-    sentence = refusal(str(folder))
-    assert str(folder) in sentence
-    if name == "missing":
-        assert "1 of its weights are missing" in sentence
-
-
-GATED = """You are trying to access a gated repo.
-Make sure to have access to it at https://huggingface.co/google/gemma-2b.
-401 Client Error. (Request ID: Root=1-2)
-Access to model google/gemma-2b is restricted. You must have access to it and be authenticated to access it."""
-
-
-@pytest.mark.parametrize(("error", "said"), [
-    (GATED, ["google/gemma-2b is gated", "https://huggingface.co/google/gemma-2b", "hf auth login", "--base_model"]),
-    ("google/gemma-2b is not a local folder and is not a valid model identifier", ["no model google/gemma-2b on the hub"]),
-    ("We couldn't connect to\n'https://huggingface.co'", ["hub cannot be reached", "--demo"]),
-    ("a new\nkind of error", ["google/gemma-2b could not be loaded: a new kind of error"])])
-def test_an_error_of_the_hub_is_explained_with_what_to_do(error, said):
-    message = explain_load_error("google/gemma-2b", OSError(error))
-    assert "\n" not in message and all(part in message for part in said)
-
-
-def test_a_folder_that_does_not_exist_is_not_called_gated(tmp_path):
-    assert refusal(str(tmp_path / "model-401")) == f"There is no folder {tmp_path / 'model-401'}; check --base_model."
-
-
-# A tiny Llama in a GGUF file, with a byte-level tokenizer and the splitting rule of the demo's model.
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *ALPHABET, "12", "Ġt", "Ġth", "Ġthe"]
-MERGES = ["1 2", "Ġ t", "Ġt h", "Ġth e"]
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
-         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-
-
-def write_gguf(path, model, without="", quantization=None, template=None, eos=2):
-    """Write the model as a GGUF file, but for the weight named `without`; `quantization` is of all matrices."""
-    config, writer = model.config, GGUFWriter(path, "llama")
-    for add, value in ((writer.add_context_length, config.max_position_embeddings), (writer.add_vocab_size, len(TOKENS)),
-                       (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
-                       (writer.add_feed_forward_length, config.intermediate_size), (writer.add_rope_freq_base, 10_000.0),
-                       (writer.add_head_count, config.num_attention_heads), (writer.add_head_count_kv, config.num_key_value_heads),
-                       (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_dimension_count, config.head_dim),
-                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "smollm"),
-                       (writer.add_token_list, TOKENS), (writer.add_token_types, [3] * 3 + [1] * (len(TOKENS) - 3)),
-                       (writer.add_token_merges, MERGES), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, eos)):
-        add(value)
-    if template:
-        writer.add_chat_template(template)
-    for name, weight in model.named_parameters():
-        name, weight = name.removesuffix(".weight"), weight.detach().numpy()
-        if name.startswith("model.layers."):
-            _, _, number, part = name.split(".", 3)
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(part)
-            if heads:  # llama.cpp turns pairs of neighbours where transformers turns halves
-                weight = weight.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(weight.shape)
-            name = f"blk.{number}.{NAMES[part]}"
-        if NAMES.get(name, name) != without:
-            weight, kind = np.ascontiguousarray(weight), quantization if weight.ndim == 2 else None
-            writer.add_tensor(f"{NAMES.get(name, name)}.weight", quantize(weight, kind) if kind else weight, raw_dtype=kind)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-
-
-@pytest.fixture(scope="module")
-def tiny_llama():
-    model = make_model(LlamaForCausalLM, LlamaConfig)
-    model.resize_token_embeddings(len(TOKENS))
-    for weight in model.parameters():
-        weight.data = weight.bfloat16().float()
-    return model
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_model, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def gguf_file(tmp_path, tiny_llama):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama)
-    return tmp_path / "tiny.gguf"
-
-
-def test_a_gguf_file_opens_as_the_model_that_it_was_written_from(gguf_file, tiny_llama, cache):
-    loaded = BaseLM.load(str(gguf_file), "float32", "cpu")
-    ids = torch.tensor([loaded.encode("the 12 cats in the hat")])
-    torch.testing.assert_close(loaded.logits(loaded.hidden(ids)), tiny_llama(ids).logits, atol=1e-4, rtol=1e-4)
-    assert loaded.name == str(gguf_file) and (loaded.bos, loaded.eos) == (1, 2)
-    pieces = loaded.tokenizer.convert_ids_to_tokens(ids[0].tolist())
-    assert pieces[:7] == ["<|im_start|>", "t", "h", "e", "Ġ", "1", "2"] and pieces[-6:] == ["n", "Ġthe", "Ġ", "h", "a", "t"]
-
-
-QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
-def test_a_quantized_gguf_file_keeps_its_weights_to_the_last_bit_and_its_chat_template(tmp_path, tiny_llama, cache, name):
-    kind = GGMLQuantizationType[name]
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama, quantization=kind, template=QWEN_TEMPLATE, eos=0)
-    loaded = BaseLM.load(str(tmp_path / "tiny.gguf"), "bfloat16", "cpu")
-    expected = dict(tiny_llama.named_parameters())
-    assert loaded.model.dtype == torch.bfloat16
-    for weight_name, weight in loaded.model.named_parameters():
-        exact = expected[weight_name].detach()
-        if exact.ndim == 2:  # the turning of queries and keys moves whole rows, and blocks lie within rows
-            exact = torch.from_numpy(dequantize(quantize(exact.numpy(), kind), kind))
-            assert not torch.equal(exact, expected[weight_name])
-        assert torch.equal(weight, exact.bfloat16()), weight_name
-    assert loaded.tokenizer.chat_template == QWEN_TEMPLATE
-    assert loaded.ends == {0, TOKENS.index("<|im_end|>")}  # the second only ends a turn
-
-
-def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
-    first, made = BaseLM.load(str(gguf_file), device="cpu"), list(cache.iterdir())
-    monkeypatch.setattr(base_model, "with_own_pre_tokenizer", lambda *_: pytest.fail("the file was read again"))
-    again = BaseLM.load(str(gguf_file), device="cpu")
-    assert len(made) == 1 and list(cache.iterdir()) == made
-    assert again.fingerprint == first.fingerprint and again.encode("the 12 cats") == first.encode("the 12 cats")
-
-
-def test_another_gguf_file_of_the_same_name_is_another_model(gguf_file, cache, tiny_llama):
-    first = BaseLM.load(str(gguf_file), device="cpu")
-    other = make_model(LlamaForCausalLM, LlamaConfig)
-    other.resize_token_embeddings(len(TOKENS))
-    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
-    write_gguf(gguf_file, other)
-    assert BaseLM.load(str(gguf_file), device="cpu").fingerprint != first.fingerprint
-    assert len(list(cache.iterdir())) == 2
-
-
-@pytest.mark.parametrize("keep", [0, 100, 30_000])
-def test_a_broken_gguf_file_is_one_sentence_and_leaves_nothing(gguf_file, cache, keep):
-    gguf_file.write_bytes(gguf_file.read_bytes()[:keep])
-    assert f"The GGUF file {gguf_file} cannot be read" in refusal(str(gguf_file))
-    assert not list(cache.iterdir())
-
-
-def test_a_gguf_file_that_lacks_a_weight_is_refused_and_leaves_nothing(tmp_path, tiny_llama, cache):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama, without="blk.1.ffn_up")
-    assert str(tmp_path / "tiny.gguf") in refusal(str(tmp_path / "tiny.gguf"))
-    assert not list(cache.iterdir())
-
-
-def test_a_gguf_file_that_is_not_there_is_refused(tmp_path, cache):
-    assert refusal(str(tmp_path / "no.gguf")) == f"There is no file {tmp_path / 'no.gguf'}; check --base_model."
-
-
-def place_package(monkeypatch, folder):
-    """Make the demo's package be found in a folder, or nowhere."""
-    found = SimpleNamespace(submodule_search_locations=[str(folder)]) if folder else None
-    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: found if name == base_model.DEMO_PACKAGE else None)
-
-
-def test_a_demo_without_its_package_says_how_to_install_it(monkeypatch, tmp_path):
-    for folder in (None, tmp_path):  # no package, and one without the file
-        place_package(monkeypatch, folder)
-        assert f"is not installed; run `{base_model.INSTALL_DEMO}`" in refusal(base_model.DEMO_MODEL)
-
-
-def test_a_demo_with_another_file_says_how_to_install_the_right_one(monkeypatch, tmp_path, gguf_file, cache):
-    shutil.copy(gguf_file, tmp_path / base_model.DEMO_FILE)
-    place_package(monkeypatch, tmp_path)
-    sentence = refusal(base_model.DEMO_MODEL)
-    assert "not the base model that the demo was made with" in sentence and base_model.INSTALL_DEMO in sentence
-    assert not cache.exists()
-
-
-def test_the_demos_model_is_the_file_in_its_package(monkeypatch, tmp_path, gguf_file, cache):
-    shutil.copy(gguf_file, tmp_path / base_model.DEMO_FILE)
-    place_package(monkeypatch, tmp_path)
-    monkeypatch.setattr(base_model, "DEMO_CHECKSUM", hashlib.sha256(gguf_file.read_bytes()).hexdigest())
-    loaded = BaseLM.load(base_model.DEMO_MODEL, device="cpu")
-    assert loaded.name == base_model.DEMO_MODEL and loaded.fingerprint == BaseLM.load(str(gguf_file), device="cpu").fingerprint

@@ -1,0 +1,77 @@
+"""What this machine has: its devices, and the memory that is free to this process."""
+
+import re
+from pathlib import Path
+
+import psutil
+import torch
+
+from command import UserError
+
+
+def devices():
+    """The names of all devices that PyTorch can use here, the preferred first."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
+def pick_device(device):
+    """The name of the device to use; raises UserError for one that this machine does not have.
+
+    device: auto, cpu, cuda or mps, with or without a number.
+    """
+    present = devices()
+    wanted = present[0].partition(":")[0] if device == "auto" else device
+    kind, _, number = wanted.partition(":")
+    numbered = [name if ":" in name else f"{name}:0" for name in present]
+    if not re.fullmatch("[a-z]+(:[0-9]+)?", wanted) or f"{kind}:{int(number or 0)}" not in numbered:
+        raise UserError(f"There is no device {device or repr(device)} here; present: {', '.join(present)}.")
+    return f"cuda:{int(number)}" if number and kind == "cuda" else kind
+
+
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def free_memory(root="/"):
+    """Bytes of memory that this process may still take: what the machine has free, or less where its control groups end.
+
+    root: the folder that holds proc and sys.
+    """
+    return min([psutil.virtual_memory().available, *left_by_groups(Path(root))])
+
+
+def left_by_groups(root):
+    """Bytes that each control group around this process leaves to it. A container is such a group, or lies in one."""
+    for line in text_of(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2 has one tree for all
+            files = ("memory.max", "memory.current", "inactive_file")
+            mount = root / "sys/fs/cgroup"
+        elif "memory" in controllers.split(","):  # version 1 has one of its own for memory
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mount = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):  # inside a container only the mount itself may be there
+            yield from left_in(mount.joinpath(*parts[:depth]), *files)
+
+
+def left_in(folder, limit, used, reclaimable):
+    """Bytes that one control group leaves, if it has a limit. File pages that the system would drop count as free."""
+    most, now = text_of(folder / limit).strip(), text_of(folder / used).strip()
+    if most.isdecimal() and now.isdecimal():
+        counts = dict(line.split(maxsplit=1) for line in text_of(folder / "memory.stat").splitlines() if " " in line)
+        yield max(0, int(most) - max(0, int(now) - int(counts.get(reclaimable, 0))))
+
+
+def text_of(path):
+    """What a file of the system says; nothing where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
