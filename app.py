@@ -149,13 +149,13 @@ def serve(options, manifest):
     os.environ["GRADIO_SERVER_NAME"] = GRADIOS_HOST  # which is all that gradio reads it for
     import page  # gradio takes seconds to import, which an answer in the terminal need not wait for
 
+    host = host_of(options.server_name)
+    port = options.server_port or free_port(host)
     if chat:
         blocks = page.Page(chat, options).build()
     else:
         print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         blocks = page.untrained(options.model_dir, training_command(options), options.demo)
-    host = host_of(options.server_name)
-    port = options.server_port or free_port(host)
     try:
         page.launch(blocks, server_name=f"[{host}]" if ":" in host else host, server_port=port)
     except httpx.TransportError as error:  # gradio could not open the page itself

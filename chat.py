@@ -221,9 +221,9 @@ class Chat:
         Returns alpha (A,), logits (A,), probabilities (A,), auto, mean_auto_alpha and tokens, the number of the answer's.
         """
         base, model = self.model.base, self.model
-        question, text = whole_text(question).strip(), whole_text(text).strip()
-        if not question or not text:
+        if not all(isinstance(given, str) and given.strip() for given in (question, text)):
             raise UserError("Type a question and an answer first.")
+        question, text = whole_text(question.strip()), whole_text(text.strip())
         ids = encode_to_end(base, self.template, self.template.answered(question, text))
         begin = min(shared_prefix(base.encode(self.template.prompt(question)), ids), len(ids) - 1)
         if len(ids) > base.max_positions:
