@@ -130,7 +130,7 @@ def free_port(host):
     """The first port that is free at a host; raises UserError if there is none."""
     from gradio.http_server import INITIAL_PORT_VALUE, TRY_NUM_PORTS
 
-    for port in range(INITIAL_PORT_VALUE, INITIAL_PORT_VALUE + TRY_NUM_PORTS):
+    for port in range(INITIAL_PORT_VALUE, min(INITIAL_PORT_VALUE + TRY_NUM_PORTS, 65536)):
         with contextlib.suppress(OSError):
             bind(host, port)
             bind(GRADIOS_HOST, port)

@@ -21,6 +21,7 @@ import panels
 from api import Api
 from base_model import BaseLM
 from chat import END, Chat
+from command import whole_text
 from generation import DecodedText, MemoryAugmentedLM, Settings, token_bytes
 from memory_decoder import read_manifest
 from texts import Template
@@ -79,6 +80,15 @@ def trained_folder(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def chat(trained_folder):
     return Chat.open(app.Options(model_dir=str(trained_folder), device="cpu"), read_manifest(trained_folder))
+
+
+@pytest.mark.parametrize(("text", "whole"), [
+    ("\ud800 hello", "\ufffd hello"), ("a\ud800", "a\ufffd"), ("\udc00", "\ufffd"), ("\ud83d\ude42!", "🙂!"),
+    ("\ude42\ud83d", "\ufffd\ufffd"), ("\ud83d\ud83d\ude42\ude42", "\ufffd🙂\ufffd"),
+    (b"caf\xe9".decode("utf-8", "surrogateescape"), "caf\ufffd"),
+    ("\ufeffa\x00\x1b[31m\ufffe 好🙂\r\n", "\ufeffa\x00\x1b[31m\ufffe 好🙂\r\n"), ("", "")], ids=ascii)
+def test_each_lone_half_of_a_surrogate_pair_becomes_one_mark_and_nothing_else_changes(text, whole):
+    assert whole_text(text) == whole
 
 
 def ids_of(tokenizer, text):
