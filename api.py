@@ -4,6 +4,7 @@ import gradio as gr
 
 from chat import logprobs
 from command import UserError
+from generation import token_bytes
 
 
 class Api:
@@ -30,12 +31,12 @@ class Api:
         """Answer a message. Streams pairs of the text so far and {}; in the last pair stand the log probabilities.
 
         history: pairs of message and answer. The log probabilities have the shape usual for language models, with those of
-        base and memory beside the blend's.
+        base and memory beside the blend's. A token's bytes are its own; its text is what it completes, and an end token has none.
         """
         for answer in self.begin(message, history, alpha=alpha, temperature=temperature, top_k=top_k,
                                  max_new_tokens=max_new_tokens, rule=rule, seed=seed, no_repeat=no_repeat):
             yield answer.text, {}
-        yield answer.text, logprobs(answer.tokens)
+        yield answer.text, self.log_probabilities(answer)
 
     def candidates(self, message: str, tokens: list[int] | None = None, alpha: float | None = None, rule: str | None = None,
                    history: list[list[str]] | None = None) -> dict:
@@ -57,15 +58,28 @@ class Api:
         self.chat_model.trace(answer)
         return self.chat_model.passages(token["neighbours"])
 
+    def log_probabilities(self, answer):
+        """The log probabilities of an answer, with every token's own bytes; one that has none, as at the end, has no text."""
+        model, found = self.chat_model.model, logprobs(answer.tokens)
+        for entry in found["content"]:
+            for token in (entry, *entry["top_logprobs"]):
+                own = b"" if token["id"] in model.ends else token_bytes(model.base.tokenizer, token["id"])
+                token["bytes"], token["token"] = list(own), token["token"] if own else ""
+        return found
+
     def next_token(self, message, tokens, history=None, **values):
         """(answer, token) of one step behind the tokens given."""
-        tokens = [] if tokens is None else tokens
-        known = range(self.chat_model.model.base.vocabulary)
-        if not isinstance(tokens, list) or any(not isinstance(token, int) or token not in known for token in tokens):
-            raise refusal(UserError(f"tokens is a list of whole numbers from 0 to {known[-1]}."))
+        tokens, size = [] if tokens is None else tokens, self.chat_model.model.base.vocabulary
+        if not isinstance(tokens, list) or not all(is_token(token, size) for token in tokens):
+            raise refusal(UserError(f"tokens is a list of whole numbers from 0 to {size - 1}."))
         # Without chance, so that no token that was merely drawn stands among the candidates.
         answer = next(self.begin(message, history, tokens, max_new_tokens=len(tokens) + 1, temperature=0, no_repeat=0, **values))
         return answer, answer.tokens[-1]
+
+
+def is_token(value, size):
+    """Whether a value is a whole number, also in float form, that stands for one of `size` tokens."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < size and value == int(value)
 
 
 def check_history(history):

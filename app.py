@@ -5,7 +5,11 @@
     python app.py --demo --ask "Can my landlord keep my deposit?"    # in the terminal, without a page
 """
 
+# ruff: noqa: RUF009 - option makes a dataclass field, whatever its type
+
+import contextlib
 import errno
+import io
 import os
 import shlex
 import socket
@@ -15,8 +19,10 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+import httpx
+
 import command
-from chat import EVERY_RULE, Chat, check_ranges, whole_seed
+from chat import EVERY_RULE, Chat, check_ranges, whole_number, whole_seed
 from command import UserError, fail, one_line, option
 from generation import AUTO
 from memory_decoder import read_manifest
@@ -25,7 +31,15 @@ HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
 # earlier answer in front of the next question only leads it astray.
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": AUTO, "temperature": 0.2, "max_turns": 0, "no_repeat": 8}
+GRADIOS_HOST = "127.0.0.1"  # gradio wants a port to be free here, wherever it is to listen
 PORT_IN_USE = "Port {} is in use; name another with --server_port."
+
+
+class WholeNumber(int):
+    """A flag's whole number, also as 3.0."""
+
+    def __new__(cls, text):
+        return whole_number(text)
 
 
 @dataclass
@@ -34,15 +48,19 @@ class Options:
     base_model: str | None = option(None, "where the base model is now, if not where it was in training")
     ask: str | None = option(None, "write the answer to this question to standard output, and open no page")
     server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network")
-    server_port: int | None = option(None, "port; default: the first free one from 7860")
+    server_port: WholeNumber | None = option(None, "port; default: the first free one from 7860")
     device: str = option("auto", "auto, cpu, cuda or mps")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(EVERY_RULE))
     alpha: float | None = option(None, "where the page's alpha slider starts; default: what training chose for the rule")
     temperature: float = option(0.7, "where its temperature slider starts")
-    seed: int | None = option(None, "what its seed field starts with; default: every answer is drawn anew")
-    max_turns: int = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
-    no_repeat: int = option(0, "where the page's slider starts that forbids runs of so many tokens to come twice; 0 allows all")
+    seed: WholeNumber | None = option(None, "what its seed field starts with; default: every answer is drawn anew")
+    max_turns: WholeNumber = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
+    no_repeat: WholeNumber = option(0, "where its slider starts that forbids runs of so many tokens to come twice; 0 allows all")
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
+
+    def __post_init__(self):
+        self.model_dir = os.path.expanduser(self.model_dir)  # a shell leaves --model_dir=~/memory as it is
+        self.base_model = self.base_model and os.path.expanduser(self.base_model)
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
@@ -75,36 +93,78 @@ def training_command(options):
     return line + ("" if options.model_dir == usual else f" --output_dir {shlex.quote(options.model_dir)}")
 
 
+def host_of(name):
+    """The numeric address that a server name stands for, IPv4 before IPv6; raises OSError or UnicodeError if there is none."""
+    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return min(found, key=lambda info: info[0] == socket.AF_INET6)[4][0]
+
+
+def bind(host, port):
+    """Raise OSError if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # as the server does; else a port in use on IPv4 would count
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((host, port))
+
+
 def check_address(options):
     """Raise UserError if the page cannot listen where it is told to."""
     port = options.server_port
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"--server_port must be from 1 to 65535, not {port}.")
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((options.server_name, port or 0))
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        bind(host_of(options.server_name), port or 0)
+        bind(GRADIOS_HOST, port or 0)
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(PORT_IN_USE.format(port)) from None
-        raise UserError(f"The page cannot listen at {options.server_name}: {error.strerror}; check --server_name and "
+        reason = getattr(error, "strerror", None) or "this is no host name"
+        raise UserError(f"The page cannot listen at {options.server_name}: {reason}; check --server_name and "
                         "--server_port.") from None
+
+
+def free_port(host):
+    """The first port that is free at a host; raises UserError if there is none."""
+    from gradio.http_server import INITIAL_PORT_VALUE, TRY_NUM_PORTS
+
+    for port in range(INITIAL_PORT_VALUE, min(INITIAL_PORT_VALUE + TRY_NUM_PORTS, 65536)):
+        with contextlib.suppress(OSError):
+            bind(host, port)
+            bind(GRADIOS_HOST, port)
+            return port
+    raise UserError(f"The {TRY_NUM_PORTS} ports from {INITIAL_PORT_VALUE} on are in use; name another with --server_port.")
 
 
 def serve(options, manifest):
     """Open the page and wait."""
+    check_address(options)
+    chat = Chat.open(options, manifest) if manifest else None
+    # Gradio asks its own page whether it is there. No proxy may come between, not even one that httpx cannot speak with.
+    # The base model may have come through it, so this comes behind.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = os.environ.get(name, "") + ",*"
+    os.environ["GRADIO_SERVER_NAME"] = GRADIOS_HOST  # which is all that gradio reads it for
     import page  # gradio takes seconds to import, which an answer in the terminal need not wait for
 
-    check_address(options)
-    if manifest:
-        blocks = page.Page(Chat.open(options, manifest), options).build()
+    host = host_of(options.server_name)
+    port = options.server_port or free_port(host)
+    if chat:
+        blocks = page.Page(chat, options).build()
     else:
         print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         blocks = page.untrained(options.model_dir, training_command(options), options.demo)
-    page.launch(blocks, server_name=options.server_name, server_port=options.server_port)
+    try:
+        page.launch(blocks, server_name=f"[{host}]" if ":" in host else host, server_port=port)
+    except httpx.TransportError as error:  # gradio could not open the page itself
+        raise UserError(f"The page cannot be reached at {options.server_name} ({one_line(error)}); check --server_name.") from None
 
 
 def main():
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold letters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = parse_options()
     try:
         options.check()

@@ -3,9 +3,11 @@
 An Answer is kept as a record: plain data, the same on the page, in the exported file and after a reload.
 """
 
+import contextlib
 import dataclasses
 import json
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +16,9 @@ import torch
 
 import evaluation
 from base_model import BaseLM
-from command import UserError
+from command import UserError, whole_text
 from datastore import Datastore, knn_weights
-from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings
+from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings, token_bytes
 from memory_decoder import MemoryDecoder
 from texts import Template, Window, encode_row, encode_to_end, shared_prefix
 
@@ -119,16 +121,16 @@ class Chat:
         """
         if not isinstance(message, str) or not message.strip():
             raise UserError("Type a question first.")
+        message, turns = whole_text(message.strip()), [(whole_text(asked), whole_text(said)) for asked, said in turns]
         values = self.search_defaults | values
-        if values.get("rule", RULES[0]) not in EVERY_RULE:
-            raise UserError(f"The blend rule is one of {', '.join(EVERY_RULE)}, not {values['rule']}.")
-        check_ranges(max_new_tokens=max_new_tokens, k=k, **{name: v for name, v in values.items() if name != "rule"})
-        seed, kinds = whole_seed(seed), {f.name: f.type for f in dataclasses.fields(Settings)}  # a slider may give 50 as 50.0
-        settings = Settings(**{name: kinds[name](value) for name, value in values.items()})
-        message, length = message.strip(), int(max_new_tokens)
-        self.model.check(settings.rule, len(self.model.base.encode(self.template.prompt(message))), length)
-        return Answer(message, list(turns)[max(0, len(turns) - self.max_turns):], settings, length,
-                      random.randrange(SEEDS) if seed is None else seed, int(k))
+        rule = values.pop("rule", RULES[0])
+        if rule not in EVERY_RULE:
+            raise UserError(f"The blend rule is one of {', '.join(EVERY_RULE)}, not {named(rule)}.")
+        values = check_ranges(max_new_tokens=max_new_tokens, k=k, **values)
+        length, k, seed = values.pop("max_new_tokens"), values.pop("k"), whole_seed(seed)
+        self.model.check(rule, len(self.model.base.encode(self.template.prompt(message))), length)
+        return Answer(message, turns[max(0, len(turns) - self.max_turns):], Settings(rule=rule, **values), length,
+                      random.randrange(SEEDS) if seed is None else seed, k)
 
     def write(self, answer, first=None):
         """Yield the answer after each token that is added to it; first: the id of the first one, if it is not to be drawn."""
@@ -153,8 +155,12 @@ class Chat:
                 "candidates": candidates}
 
     def show(self, token):
-        """The text of one token; an end token and a piece of a character have none of their own."""
-        return END if token in self.model.ends else self.model.base.tokenizer.decode([token])
+        """The text of one token; pieces of a character as their bytes, e.g. <F0 9F>, special tokens by their names."""
+        if token in self.model.ends:
+            return END
+        text = token_bytes(self.model.base.tokenizer, token).decode("utf-8", "surrogateescape")
+        text = LOOSE_BYTES.sub(lambda loose: f"<{loose[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}>", text)
+        return text or self.model.base.tokenizer.decode([token])
 
     def prompt(self, message, turns, max_new_tokens):
         """The text to continue: as many earlier turns as the base model's positions allow, then the message."""
@@ -216,10 +222,11 @@ class Chat:
         Returns alpha (A,), logits (A,), probabilities (A,), auto, mean_auto_alpha and tokens, the number of the answer's.
         """
         base, model = self.model.base, self.model
-        if not question.strip() or not text.strip():
+        if not all(isinstance(given, str) and given.strip() for given in (question, text)):
             raise UserError("Type a question and an answer first.")
-        ids = encode_to_end(base, self.template, self.template.answered(question.strip(), text.strip()))
-        begin = min(shared_prefix(base.encode(self.template.prompt(question.strip())), ids), len(ids) - 1)
+        question, text = whole_text(question.strip()), whole_text(text.strip())
+        ids = encode_to_end(base, self.template, self.template.answered(question, text))
+        begin = min(shared_prefix(base.encode(self.template.prompt(question)), ids), len(ids) - 1)
         if len(ids) > base.max_positions:
             raise UserError(f"Question and answer have {len(ids)} tokens, but {base.name} reads at most {base.max_positions}.")
         skip = model.skipped(ids)
@@ -254,19 +261,44 @@ def short(value):
     return float(f"{value:.5g}")
 
 
+LOOSE_BYTES = re.compile("[\udc80-\udcff]+")  # as they are decoded where they are no UTF-8
+
+
 def check_ranges(**values):
-    """Raise UserError for a value that no slider would give."""
-    for name, value in values.items():
-        low, high = RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UserError(f"{name} must be from {low:g} to {high:g}, not {value}.")
+    """The values by name, as int where a whole number is asked for; raises UserError for one that no slider would give."""
+    return {name: in_range(name, value) for name, value in values.items()}
+
+
+def in_range(name, value):
+    low, high = RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name} must be from {low:g} to {high:g}, not {named(value)}.")
+    kind = Settings.__annotations__.get(name, int)  # those that are no Settings are whole numbers
+    if kind(value) != value:
+        raise UserError(f"{name} must be a whole number, not {named(value)}.")
+    return kind(value)
 
 
 def whole_seed(seed):
     """The seed as an int, from a number or its digits, or None for a new draw if it is empty; else raises UserError."""
-    text = "" if seed is None else str(seed).strip()
-    if not text:
+    if seed is None or (isinstance(seed, str) and not seed.strip()):
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(SEEDS)) and int(text) < SEEDS):
-        raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {text[:40]}.")
-    return int(text)
+    with contextlib.suppress(ValueError, OverflowError):
+        if 0 <= (number := whole_number(seed)) < SEEDS:
+            return number
+    raise UserError(f"seed must be empty or a whole number from 0 to {SEEDS - 1}, not {named(seed)}.")
+
+
+def whole_number(value):
+    """A number, or its digits, as an int, also 3.0 and 1e2; raises ValueError or OverflowError for what is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not float(value).is_integer():
+        raise ValueError(value)
+    return int(float(value))
+
+
+def named(value):
+    """A wrong value as a sentence tells it."""
+    try:
+        return repr(value)[:40]
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "so long a number"

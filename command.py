@@ -32,6 +32,14 @@ def parse_options(options, description, arguments, presets):
     return parsed
 
 
+def whole_text(text):
+    """The text with each lone half of a surrogate pair as U+FFFD, and two halves that belong together as their character.
+
+    JSON may hold such halves, and Python makes one of each byte of an argument that is no UTF-8. No tokenizer takes them.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def one_line(error):
     """An error's text on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

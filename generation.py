@@ -3,13 +3,16 @@
 Letters as in memory_decoder.py: B sequences, T positions, H width of hidden states, C width of the decoder, V vocabulary.
 """
 
+import codecs
 import math
+import re
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from base_model import Literal
 from command import UserError
@@ -21,6 +24,8 @@ RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
 KNN = "kNN-LM"  # the rule under which the search itself is the memory, and probabilities are mixed
 BEST = 10  # candidates that a Step holds of each of base, memory and blend
+BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte as the vocabularies of Llama and Gemma name it,
+BYTE_LEVEL = {name: byte for byte, name in bytes_to_unicode().items()}  # and as those of GPT-2 and its kind do
 
 
 def blend(base_logits, memory_logits, alpha, rule="logits"):
@@ -203,8 +208,10 @@ class MemoryAugmentedLM:
             first = None
             answer.append(token)
             ended = token in self.ends
-            text = visible.add("" if ended else decoded.add(token))
-            last = ended or visible.stopped or len(answer) == max_new_tokens
+            text = "" if ended else decoded.add(token)
+            over = ended or len(answer) == max_new_tokens
+            text = visible.add(text + (decoded.flush() if over else ""))
+            last = over or visible.stopped
             chances, candidates, cut = compare(base_logits, memory, blended, token, settings.top_k)
             yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, candidates, cut, hidden.float().cpu(),
                        time.perf_counter() - began)
@@ -245,24 +252,35 @@ def compare(base_logits, memory_logits, blended, token, top_k):
     return chances[:, token].tolist(), sorted(candidates, key=lambda c: -c[3]), float(cut)
 
 
-class DecodedText:
-    """Turns tokens into text as they come, in whole characters.
+def token_bytes(tokenizer, token):
+    """The bytes that a token adds to a text. Special tokens add none; some tokens are pieces of a character."""
+    def text_of(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    tokenizers.decoders.DecodeStream does the same but raises on bytes that are no UTF-8, which a model may well sample.
-    """
+    text = text_of([token])
+    if "\ufffd" in text:
+        name = tokenizer.convert_ids_to_tokens(token)
+        if BYTE_FALLBACK.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        if BYTE_LEVEL.keys() >= set(name):
+            return bytes(map(BYTE_LEVEL.get, name))
+    # Said twice, since some tokenizers leave out the space in front of a text's first word.
+    return text_of([token, token])[len(text):].encode()
+
+
+class DecodedText:
+    """Turns tokens into text as they come, in whole characters. Bytes that are no character become U+FFFD."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.text, self.waiting = tokenizer, [], "", 0
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token):
         """The text that this token completes; "" while a character of several bytes is incomplete."""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.waiting += 1
-        if text.endswith("\ufffd") and self.waiting < 4:  # no character has more than four bytes
-            return ""
-        new, self.text, self.waiting = text[len(self.text):], text, 0
-        return new
+        return self.decoder.decode(token_bytes(self.tokenizer, token))
+
+    def flush(self):
+        """U+FFFD for the piece of a character with which an answer ends; "" if there is none."""
+        return self.decoder.decode(b"", final=True)
 
 
 class VisibleText:

@@ -10,6 +10,7 @@ import pandas as pd
 import panels
 from api import Api
 from chat import EVERY_RULE, RANGES
+from command import whole_text
 from generation import KNN, RULES
 from session import CONTROLS, Desk, Session
 
@@ -219,8 +220,9 @@ def example_questions(questions):
 def untrained(folder, line, demo):
     """The page of a memory that is not there yet."""
     with gr.Blocks(title="Memory Decoder") as page:
-        gr.Markdown(f"## Nothing is trained yet\nThere is no memory in `{folder}`. Run\n\n    {line}\n\nand start this page again."
-                    + ("" if demo else " Without a GPU, account or network, add `--demo` to both commands."))
+        words = (f"## Nothing is trained yet\nThere is no memory in `{folder}`. Run\n\n    {line}\n\nand start this page again."
+                 + ("" if demo else " Without a GPU, account or network, add `--demo` to both commands."))
+        gr.Markdown(whole_text(words))
     return page
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import panels
 from api import refusal
 from chat import Answer, check_ranges, is_changed
-from command import UserError
+from command import UserError, whole_text
 from generation import RULES
 
 KEPT_TURNS = 20  # in the browser
@@ -51,15 +51,15 @@ class Session:
     def change(self, value, name):
         """A control that was moved acts at the next token of what is being written."""
         with contextlib.suppress(UserError):  # a number that is still being typed
-            check_ranges(**{name: value})
+            moved = check_ranges(**{name: value})
             if self.writing:
-                setattr(self.writing.settings, name, type(getattr(self.writing.settings, name))(value))
+                setattr(self.writing.settings, name, moved[name])
 
     def restore(self, records):
         """Take up the answers of an earlier visit; none of them, if they are not as this version writes them."""
         self.answers = []
         try:
-            for record in records:
+            for record in json.loads(whole_text(json.dumps(records, ensure_ascii=False))):
                 self.answers.append(Answer.of_record(record, self.turns()))
         except NONSENSE:
             self.answers = []

@@ -1,7 +1,9 @@
 """The page's endpoints as gradio_client calls them."""
 
+import json
 import re
 
+import httpx
 import pytest
 from conftest import ROOT
 from gradio_client import Client
@@ -126,7 +128,7 @@ def test_candidates_are_what_the_log_probabilities_of_an_answer_say_at_that_plac
             chances = [candidates[token][name] for name in ("base", "memory", "blended")]
             logs = [top[token][name] for name in ("base_logprob", "memory_logprob", "logprob")]
             assert chances == [pytest.approx(2.718281828459045**log, rel=1e-2, abs=1e-6) for log in logs]
-            assert candidates[token]["text"] == top[token]["token"]
+            assert top[token]["token"] == (candidates[token]["text"] if top[token]["bytes"] else "")
 
 
 def test_candidates_of_no_tokens_are_those_of_the_first_place_whoever_asks(client):
@@ -158,10 +160,66 @@ def test_a_temperature_near_zero_works_as_zero(client, tiny):
     assert ids(found[1]["content"]) == ids(greedy[1]["content"])
 
 
+FLOATS = {name: float(value) if isinstance(value, int) else value for name, value in GOOD.items()}
+
+
+def test_whole_numbers_in_float_form_give_the_same_answer(client):
+    text, content = ask(client)
+    assert ask(client, **FLOATS)[0] == ask(client, seed="3.0", top_k=2e2)[0] == text
+    for endpoint, more in (("/candidates", {}), ("/passages", {"k": 5})):
+        given = [client.predict(message=QUESTION, tokens=[kind(token) for token in ids(content)[:3]],
+                                **{name: kind(value) for name, value in more.items()}, api_name=endpoint) for kind in (int, float)]
+        assert given[0] == given[1]
+
+
+def test_none_for_a_value_means_its_default(client):
+    nothing = dict.fromkeys(("alpha", "temperature", "top_k", "max_new_tokens", "rule", "no_repeat", "history"))
+    assert ask(client, **nothing) == client_default(client)
+    for endpoint, names in (("/candidates", ("tokens", "alpha", "rule", "history")), ("/passages", ("tokens", "k", "history"))):
+        given = [client.predict(message=QUESTION, **more, api_name=endpoint) for more in (dict.fromkeys(names), {})]
+        assert given[0] == given[1]
+
+
+def client_default(client):
+    text, logprobs = client.predict(message=QUESTION, seed=3, api_name="/chat")
+    return text, logprobs["content"]
+
+
+@pytest.mark.parametrize(("odd", "read"), [("\ud800 hello", "\ufffd hello"), ("\ud83d\ude42 hello", "🙂 hello")], ids=ascii)
+def test_halves_of_surrogates_are_read_as_marks_and_pairs_as_characters(address, client, odd, read):
+    history = [[odd, f"yes {odd}"]]
+    for name, data, more in (("chat", [0.5, 2, 200, 12, "logits", 3, 0, history], {**GOOD, "history": [[read, f"yes {read}"]]}),
+                             ("candidates", [None, None, None, history], {"history": [[read, f"yes {read}"]]}),
+                             ("passages", [None, None, history], {"history": [[read, f"yes {read}"]]})):
+        expected = client.predict(message=read, **more, api_name=f"/{name}")
+        last = posted(address, name, json.dumps([odd, *data]))
+        assert json.loads(last) == (list(expected) if name == "chat" else [expected])
+
+
+def posted(address, name, data):
+    """The last data that an endpoint gives for a list of JSON, or its error."""
+    url = f"{address}gradio_api/call/{name}"
+    event = httpx.post(url, content=f'{{"data": {data}}}', headers={"content-type": "application/json"}).raise_for_status().json()
+    with httpx.stream("GET", f"{url}/{event['event_id']}", timeout=60) as answer:
+        return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")][-1]
+
+
+@pytest.mark.parametrize(("place", "value"), [
+    (2, "1e400"), (2, "NaN"), (2, "-Infinity"), (2, "1" + "0" * 30), (2, "true"), (2, "[1]"), (2, '"3"'), (2, "50.5"), (5, "1e400"),
+    (5, "NaN"), (5, "{}"), (5, "0.5"), (4, "3"), (4, '["auto"]'), (4, '"\\ud800"'), (3, "12.5"), (6, "0.5"), (0, "true")])
+def test_json_that_is_no_such_number_is_refused_in_one_sentence(address, place, value):
+    data = ["0.5", "2", "200", "12", '"logits"', "3", "0", "null"]
+    data[place] = value
+    error = json.loads(posted(address, "chat", f'["Why?", {", ".join(data)}]'))["error"]
+    name = ["alpha", "temperature", "top_k", "max_new_tokens", "blend rule", "seed", "no_repeat"][place]
+    assert name in error and error.endswith(".") and "\n" not in error and "Traceback" not in error
+
+
 BAD_VALUES = [
     ({"seed": -1}, "seed"), ({"seed": 2**31}, "seed"), ({"seed": "1.5"}, "seed"), ({"seed": "9" * 5000}, "seed"),
     ({"alpha": 1.01}, "alpha must be from 0 to 1"), ({"alpha": -0.5}, "alpha must be from 0 to 1"), ({"alpha": "x"}, "alpha"),
     ({"temperature": 3}, "temperature must be from 0 to 2"), ({"max_new_tokens": 100_000}, "1 to 1000"),
+    ({"top_k": 50.5}, "top_k must be a whole number, not 50.5."), ({"no_repeat": True}, "no_repeat"), ({"seed": True}, "seed"),
     ({"top_k": 0}, "top_k must be from 1"), ({"no_repeat": 51}, "50"), ({"rule": "mean"}, "probabilities"),
     ({"message": ""}, "Type a question first."), ({"message": " \n"}, "Type a question first."),
     ({"message": 3}, "Type a question first."), ({"message": "Why? " * 600}, "shorten the question"),
@@ -180,6 +238,8 @@ def test_a_bad_request_is_answered_in_words(client, changes, words):
 @pytest.mark.parametrize(("endpoint", "changes", "words"), [
     ("/candidates", {"tokens": [512]}, "0 to 511"), ("/candidates", {"tokens": [-1]}, "0 to 511"),
     ("/candidates", {"tokens": ["a"]}, "whole numbers"), ("/candidates", {"tokens": [[1]]}, "whole numbers"),
+    ("/candidates", {"tokens": [1.5]}, "whole numbers"), ("/candidates", {"tokens": [True]}, "whole numbers"),
+    ("/candidates", {"tokens": [10**30]}, "whole numbers"), ("/passages", {"k": 2.5}, "k must be a whole number"),
     ("/candidates", {"tokens": 5}, "whole numbers"), ("/candidates", {"tokens": "12"}, "whole numbers"),
     ("/candidates", {"tokens": [300] * 600}, "reads at most 512"), ("/candidates", {"alpha": 2}, "alpha must be"),
     ("/candidates", {"rule": "mean"}, "probabilities"), ("/candidates", {"message": ""}, "Type a question first."),

@@ -78,7 +78,43 @@ def test_a_value_that_no_slider_gives_is_refused_by_name(name, change):
             check_ranges(**{name: value})
 
 
-@pytest.mark.parametrize("seed", [-1, 2**31, "1.5", "x", "9" * 5000, 1.5, True])
+@pytest.mark.parametrize("name", ["top_k", "max_new_tokens", "k", "no_repeat", "knn_k"])
+def test_half_a_number_is_refused_where_a_whole_one_is_asked_for(chat, name):
+    with pytest.raises(UserError, match=rf"^{name} must be a whole number, not 3\.5\.$"):
+        chat.begin("?", **{name: 3.5})
+
+
+@pytest.mark.parametrize("value", [10**30, 10**400, 10**5000, -10**5000], ids=["30", "400", "5000", "-5000"])
+@pytest.mark.parametrize("name", [*RANGES, "seed", "rule"])
+def test_a_number_of_any_length_is_refused_in_one_short_sentence(chat, name, value):
+    with pytest.raises(UserError, match=rf"^[^\n]*{name}[^\n]*, not [^\n]{{1,40}}\.$"):
+        chat.begin("?", **{name: value})
+
+
+def test_a_whole_number_in_float_form_is_taken_for_what_it_is(chat):
+    given = chat.begin("?", **{name: float(value) if isinstance(value, int) else value for name, value in GOOD.items()}, knn_k=1e2)
+    assert given == chat.begin("?", **GOOD, knn_k=100)
+    kinds = [type(value) for value in (given.settings.top_k, given.settings.no_repeat, given.settings.knn_k, given.max_new_tokens,
+                                       given.k, given.seed)]
+    assert set(kinds) == {int} and type(given.settings.alpha) is type(given.settings.temperature) is float
+
+
+@pytest.mark.parametrize("seed", [3, 3.0, "3", " 3 ", "3.0", "3e0"])
+def test_a_seed_may_be_given_in_any_form(chat, seed):
+    assert chat.begin("?", seed=seed).seed == 3
+
+
+HALF, MARK = "\ud800 a\udc00\x00\x1b[0m \ud83d\ude42", "\ufffd a\ufffd\x00\x1b[0m 🙂"
+
+
+def test_halves_of_surrogates_and_control_characters_are_answered_as_their_marks_are(chat):
+    given, expected = write(chat, HALF, [(HALF, HALF)]), write(chat, MARK, [(MARK, MARK)])
+    assert (given.question, given.turns) == (MARK, [(MARK, MARK)]) and given.text == expected.text
+    json.dumps(given.record(), ensure_ascii=False).encode()
+    assert chat.explore(HALF, HALF) == chat.explore(MARK, MARK)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, "1.5", "x", "9" * 5000, 1.5, True, "1\n2", [3], math.nan, math.inf, "nan"])
 def test_a_bad_seed_is_refused_in_one_sentence(chat, seed):
     with pytest.raises(UserError, match=r"^seed must be empty or a whole number from 0 to 2147483647, not [^\n]{1,40}\.$"):
         chat.begin("?", seed=seed)

@@ -286,3 +286,28 @@ def test_no_token_opens_while_an_answer_is_written(desk, session):
     for _ in range(3):
         next(writing)
     assert desk.open_token(session, COLOUR, SimpleNamespace(number=0)) == (gr.skip(),) * 3
+
+
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("top_k", 7.0, 7), ("top_k", 7.5, 50), ("top_k", 10**400, 50), ("top_k", "7", 50), ("top_k", None, 50), ("alpha", 1, 1.0),
+    ("alpha", True, 0.5), ("no_repeat", 2e0, 2), ("knn_k", float("nan"), 8)])
+def test_a_control_moved_during_an_answer_gives_a_whole_number_or_nothing(desk, session, name, given, taken):
+    writing = desk.ask(session, QUESTION, COLOUR, *controls())
+    next(writing)
+    session.change(given, name)
+    now = getattr(session.answers[0].settings, name)
+    assert (now, type(now)) == (taken, type(taken))
+    assert len([*writing]) > 1
+
+
+def test_halves_of_surrogates_in_what_the_browser_kept_or_the_user_typed_break_nothing(desk, session):
+    list(desk.ask(session, "\ud800 why?", COLOUR, *controls()))
+    records = json.loads(json.dumps(session.records()).replace("ufffd", "ud800"))
+    records[0]["tokens"][0]["text"] += "\udc00"
+    assert "\ud800" in records[0]["question"]
+    later = Session()
+    json.dumps(desk.restore(records, later, COLOUR), ensure_ascii=False).encode()
+    assert later.answers[0].question == "\ufffd why?" and later.answers[0].tokens[0]["text"].endswith("\ufffd")
+    shown = [*desk.ask(later, f"{OTHER}\udfff", COLOUR, *controls()), *desk.voices(later, "\udfff?", COLOUR, *controls())]
+    json.dumps([shown[0], shown[-1], later.records(), desk.export(later)], ensure_ascii=False).encode()
+    assert later.answers[1].turns[0][0] == "\ufffd why?" and "tokens. Base alone" in desk.explore("\ud800", "\udfff", 0.5)[1]

@@ -1,15 +1,23 @@
 """How app.py ends, in one sentence, when it cannot open its page or answer; and its answers in the terminal."""
 
+import contextlib
 import importlib.util
 import json
+import os
+import re
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
+import time
 
 import gradio as gr
+import httpx
 import pytest
-from conftest import make_tiny_gemma, run_script
+from conftest import ROOT, make_tiny_gemma, run_script
+from gradio import http_server
+from gradio_client import Client
 
 import app
 import train_memory_decoder
@@ -141,6 +149,37 @@ def test_the_training_command_fills_the_folder_that_the_same_options_open(more):
     assert train_memory_decoder.parse_options(command[2:]).output_dir == options.model_dir and command[2:] == more
 
 
+@pytest.mark.parametrize("arguments", [("--seed", "3.0", "--no_repeat", "8.0"), ("--seed", "3e0", "--no_repeat", "8")])
+def test_a_flags_whole_number_may_have_the_form_of_a_float(arguments):
+    options = app.parse_options([*arguments, "--max_turns", "2.0", "--server_port", "7870.0"])
+    assert (options.seed, options.no_repeat, options.max_turns, options.server_port) == (3, 8, 2, 7870)
+    assert {type(value) for value in (options.seed, options.no_repeat, options.max_turns, options.server_port)} == {int}
+
+
+@pytest.mark.parametrize("name", ["mémoire 记忆 🙂", "my folder"])
+def test_a_folder_may_have_any_name_and_be_named_in_any_way(trained, tmp_path, monkeypatch, capsys, name):
+    copy = shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("stages"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    answers = set()
+    for way in (trained, copy, f"{copy}/", name, f"./{name}/", f"~/{name}"):
+        monkeypatch.setattr(sys, "argv", ["app.py", "--model_dir", str(way), "--ask", QUESTION, *LIVELY])
+        app.main()
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1 and answers.pop().strip()
+
+
+def test_an_argument_that_is_no_utf8_is_read_as_far_as_it_is(trained):
+    arguments = ["--model_dir", str(trained), *LIVELY, "--ask"]
+    answers = []
+    for question in (b"caf\xe9 \xed\xa0\x80?", "caf\ufffd \ufffd\ufffd\ufffd?".encode()):
+        done = subprocess.run([os.fsencode(part) for part in (sys.executable, ROOT / "app.py", *arguments)] + [question],
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+
 @pytest.fixture
 def said(trained, monkeypatch, capsys):
     """Runs app.py's main() with a question; returns what stood on standard output after each token, and what came at the end."""
@@ -188,3 +227,104 @@ def test_a_port_that_is_in_use_is_named(trained, the_line, monkeypatch, late):
         port = other.getsockname()[1]
         line = the_line("--model_dir", trained, "--server_port", port, "--device", "cpu")
     assert line == f"error: Port {port} is in use; name another with --server_port."
+
+
+def ipv6_is_here():
+    try:
+        app.bind("::1", 0)
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not ipv6_is_here(), reason="this machine has no IPv6 loopback")
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch, capsys):
+    """Serves the page of a memory that is not there yet, and returns the address it printed and what stands there."""
+    def run(*arguments):
+        def launch(page, **settings):
+            LAUNCH(page, **settings, prevent_thread_lock=True)
+            address = re.search(r"URL: +(\S+)", capsys.readouterr().out)[1]
+            found.extend((address, httpx.get(address).raise_for_status().text))
+            page.close(verbose=False)
+        found = []
+        monkeypatch.setattr(gr.Blocks, "launch", launch)
+        monkeypatch.setattr(sys, "argv", ["app.py", "--model_dir", str(tmp_path), *map(str, arguments)])
+        app.main()
+        return found
+    return run
+
+
+@pytest.mark.parametrize(("name", "printed"), [
+    ("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"),
+    *(pytest.param(name, printed, marks=needs_ipv6) for name, printed in (("::1", "[::1]"), ("[::1]", "[::1]"), ("::", "[::]"),
+                                                                          ("0:0:0:0:0:0:0:1", "[::1]")))])
+@pytest.mark.parametrize("given", [False, True], ids=["any port", "a port"])
+def test_the_page_opens_at_the_address_that_it_prints(opened, name, printed, given):
+    port = app.free_port(app.host_of(name))
+    address, text = opened("--server_name", name, *(["--server_port", port] if given else []))
+    assert address.startswith(f"http://{printed}:") and "Memory Decoder" in text
+    assert not given or address == f"http://{printed}:{port}"
+
+
+@contextlib.contextmanager
+def listening(host):
+    """Takes a port at a host; yields its number."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
+        yield other.getsockname()[1]
+
+
+@needs_ipv6
+@pytest.mark.parametrize("name", ["::1", "[::1]", "::"])
+def test_a_port_that_is_in_use_on_ipv6_alone_is_named_there_and_free_elsewhere(opened, the_line, trained, name):
+    with listening("::1") as port:
+        assert opened("--server_port", port)[0] == f"http://127.0.0.1:{port}"
+        line = the_line("--model_dir", trained, "--server_name", name, "--server_port", port)
+    assert line == f"error: Port {port} is in use; name another with --server_port."
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
+def test_the_first_port_that_is_free_is_taken_and_none_is_told(opened, the_line, tmp_path, monkeypatch, host):
+    with listening(host) as port:
+        monkeypatch.setattr(http_server, "INITIAL_PORT_VALUE", port)
+        assert port < int(opened("--server_name", host)[0].rpartition(":")[2]) < port + http_server.TRY_NUM_PORTS
+        monkeypatch.setattr(http_server, "TRY_NUM_PORTS", 1)
+        assert f"ports from {port} on are in use" in the_line("--model_dir", tmp_path, "--server_name", host)
+
+
+@pytest.mark.parametrize("name", ["no.such.host.invalid", "203.0.113.7", "2001:db8::7", "..", "x" * 70, "", "::ffff:1.2.3.4",
+                                  "fe80::1%none", "http://127.0.0.1", "[::1]:7860", "[::1", "127.0.0.1:7860", "256.1.1.1"])
+def test_an_address_that_cannot_work_is_named_before_anything_is_loaded(trained, the_line, monkeypatch, name):
+    monkeypatch.setattr(Chat, "open", lambda *_: pytest.fail("the model was loaded"))
+    line = the_line("--model_dir", trained, "--server_name", name)
+    assert f"cannot listen at {name}:".encode(errors="backslashreplace").decode() in line and "--server_name" in line
+
+
+@contextlib.contextmanager
+def started(log, *arguments, **variables):
+    """Starts app.py with more environment variables; yields the address that it prints once the page is open."""
+    command = [sys.executable, "-u", "app.py", "--device", "cpu", *map(str, arguments)]
+    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+                                                 env=os.environ | variables) as process:
+        try:
+            give_up = time.monotonic() + 240
+            while "public link" not in log.read_text():  # what gradio says last
+                assert process.poll() is None and time.monotonic() < give_up, log.read_text()
+                time.sleep(0.2)
+            yield re.search(r"URL: +(\S+)", log.read_text())[1]
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("name", "proxy"), [("127.0.0.1", "http://127.0.0.1:9"), ("127.0.0.1", "socks5://127.0.0.1:9"),
+                                             pytest.param("::1", "socks://[::1]:9", marks=needs_ipv6)])
+def test_the_page_opens_and_answers_whatever_proxy_the_environment_names(trained, tmp_path, name, proxy):
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+    more = dict.fromkeys(names, proxy) | {"NO_PROXY": "example.org"}
+    with started(tmp_path / "log.txt", "--model_dir", trained, "--server_name", name, **more) as address:
+        client = Client(address, verbose=False, analytics_enabled=False)
+        text, found = client.predict(QUESTION, seed=3, max_new_tokens=5, temperature=2, api_name="/chat")
+        client.close()
+    assert len(found["content"]) <= 5 and "".join(entry["token"] for entry in found["content"]) == text
