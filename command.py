@@ -49,8 +49,3 @@ def fail(sentence):
     """Print the sentence as an error and return the exit code 2."""
     print(f"error: {sentence}", file=sys.stderr)
     return 2
-
-
-def whole_text(text):
-    """The text with U+FFFD in place of each half of a surrogate pair; two halves that belong together become their character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

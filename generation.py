@@ -133,7 +133,9 @@ class MemoryAugmentedLM:
         self.base, self.decoder, self.gate, self.store = base, decoder.to(base.device).eval(), gate, store
         # Every prompt begins with the header. Its states were no entries in training, so the memory skips them.
         self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
-        self.ends, self.stops = (template.ends(base), template.stops(base)) if template else (base.ends, [])
+        self.ends, self.stops, self.closing = base.ends, [], ""
+        if template:
+            self.ends, self.stops, self.closing = template.ends(base), template.stops(base), template.closing(base)
 
     def skipped(self, ids):
         """How many leading ids are the header, whose states the memory does not read; one id is always left."""
@@ -193,7 +195,7 @@ class MemoryAugmentedLM:
         rule, generator = settings.rule, torch.Generator().manual_seed(seed) if seed is not None else None
         evidence = Evidence() if rule == AUTO else None
         search = (lambda hidden: self.search(hidden, settings)) if rule == KNN else None
-        decoded, visible, answer = DecodedText(base.tokenizer), VisibleText(self.stops), list(kept)
+        decoded, visible, answer = DecodedText(base.tokenizer), VisibleText(self.stops, self.closing), list(kept)
         for token in kept:
             visible.add(decoded.add(token))
         began, steps = time.perf_counter(), self.steps([*ids, *kept], evidence, search)
@@ -212,9 +214,9 @@ class MemoryAugmentedLM:
             over = ended or len(answer) == max_new_tokens
             text = visible.add(text + (decoded.flush() if over else ""))
             last = over or visible.stopped
+            text += (visible.end() if ended else visible.flush()) if last else ""
             chances, candidates, cut = compare(base_logits, memory, blended, token, settings.top_k)
-            yield Step(token, text + (visible.flush() if last else ""), *chances, alpha, candidates, cut, hidden.float().cpu(),
-                       time.perf_counter() - began)
+            yield Step(token, text, *chances, alpha, candidates, cut, hidden.float().cpu(), time.perf_counter() - began)
             if last:
                 return
             began = time.perf_counter()
@@ -284,10 +286,13 @@ class DecodedText:
 
 
 class VisibleText:
-    """Holds back what may be the beginning of a stop text, and cuts at the first whole one."""
+    """Holds back what may be the beginning of a stop text, and cuts at the first whole one.
 
-    def __init__(self, stops):
-        self.stops, self.held, self.stopped, self.begun = tuple(stops), "", False, False
+    closing: a mark that is no part of an answer where the answer ends with it.
+    """
+
+    def __init__(self, stops, closing=""):
+        self.stops, self.closing, self.held, self.stopped, self.begun = tuple(stops), closing, "", False, False
 
     def add(self, text):
         """The text that may be shown now that `text` has been generated."""
@@ -298,8 +303,14 @@ class VisibleText:
         if cuts:
             self.held, self.stopped = self.held[:min(cuts)], True
             return self.flush()
-        hold = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        return self.flush(hold)
+        begun = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        begun += [self.closing[:n] for n in range(1, len(self.closing) + 1)]
+        return self.flush(max((len(part) for part in begun if self.held.endswith(part)), default=0))
+
+    def end(self):
+        """What is held back, now that the text has ended by itself."""
+        self.held = self.held.removesuffix(self.closing)
+        return self.flush()
 
     def flush(self, hold=0):
         """What is held back but for the last `hold` characters; all of it once no more text can come."""

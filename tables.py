@@ -14,6 +14,7 @@ from typing import NamedTuple
 import datasets
 import pyarrow.parquet
 
+import hub
 from command import UserError, one_line
 
 PART = 4000  # characters of a document that are one example
@@ -329,8 +330,4 @@ def explain_layout_error(source, name, error):
         return f"The dataset {name} has several configurations: {', '.join(there)}; name one, e.g. --dataset {name}:{there[0]}."
     if Path(name).is_dir():
         return f"The folder {name} holds no dataset: {reason(error.__cause__ or error)}."
-    text = f"{error} {error.__cause__ or ''}".lower()
-    if "doesn't exist" in text and "connect" not in text and "offline" not in text:
-        return f"There is no dataset {source} on the hub and no file of that name; check --dataset."
-    return (f"The dataset {source} is not on this machine and cannot be fetched from the hub; check its name and the network, "
-            f"or name a local file. ({one_line(error)[:120]})")
+    return hub.explain("dataset", name, error) or f"The dataset {source} cannot be read: {reason(error)}."

@@ -9,6 +9,7 @@ a stage whose inputs have not changed is not run again. Artefacts are replaced o
 
 import json
 import math
+import os
 import shlex
 import sys
 import time

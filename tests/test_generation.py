@@ -250,6 +250,25 @@ def test_a_stop_text_may_come_first(pieces):
     assert "".join(visible.add(piece) for piece in pieces if not visible.stopped) == "" and visible.stopped
 
 
+@pytest.mark.parametrize(("closing", "pieces", "shown"), [
+    (".", ["A goat", ". Two", " goats", "."], "A goat. Two goats"), (" ]", ["[a ]", " b", " ", "]"], "[a ] b"),
+    ("]", ["a]", "]"], "a]"), (".", ["a", "!"], "a!"), (".", ["."], ""), ("", ["a."], "a.")])
+def test_a_mark_of_the_template_behind_an_answer_is_shown_only_inside_it(closing, pieces, shown):
+    visible = VisibleText(["\nQ:"], closing)
+    assert "".join(map(visible.add, pieces)) + visible.end() == shown
+    cut = VisibleText([], closing)  # where the answer was cut off, nothing is known of its end
+    assert ("".join(map(cut.add, pieces)) + cut.flush()).strip() == "".join(pieces).strip()
+
+
+@pytest.mark.parametrize("pattern", ["Q: {q}\nA: {a}.", "Q: {q}\nA: {a} ###", "Q: {q}\nA: {a}\n-- end --\n"])
+def test_the_templates_own_words_behind_an_answer_are_not_shown(base, pattern, monkeypatch):
+    template = Template.parse(pattern)
+    words = [*base.encode(["Only a small one", template.tail])[1:], base.eos]
+    model = MemoryAugmentedLM(base, make_decoder(), template)
+    monkeypatch.setattr(generation, "sample", lambda *_: words.pop(0))
+    assert "".join(step.text for step in model.stream(template.prompt("May I?"))) == "Only a small one"
+
+
 def test_a_prompt_that_does_not_fit_is_refused_in_words(model):
     with pytest.raises(UserError, match="reads at most 512"):
         next(model.stream("word " * 600))
