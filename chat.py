@@ -16,10 +16,10 @@ import torch
 
 import evaluation
 from base_model import BaseLM
-from command import UserError, whole_text
 from datastore import Datastore, knn_weights
 from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings, token_bytes
 from memory_decoder import MemoryDecoder
+from support.command import UserError, whole_text
 from texts import Template, Window, encode_row, encode_to_end, shared_prefix
 
 EVERY_RULE = (*RULES, AUTO, KNN)

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from command import UserError
 from datastore import read_examples
-from rows import check_enough, read_rows, split_rows, telltale
-from tables import in_smaller_parts, read_table
+from sources.rows import check_enough, read_rows, split_rows, telltale
+from sources.tables import in_smaller_parts, read_table
+from support.command import UserError
 from texts import Template, usual_template
 
 HELD_OUT = "held_out.jsonl"

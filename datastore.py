@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from command import UserError, one_line
-from rows import Example
+from sources.rows import Example
+from support.command import UserError, one_line
 
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
 PROBED = 64  # a search looks into one of so many inverted lists

@@ -8,9 +8,9 @@ import filelock
 import numpy as np
 
 import evaluation
-from command import UserError
 from corpus import Corpus, few_of
 from memory_decoder import MemoryDecoder, read_manifest
+from support.command import UserError
 from texts import windows_of_sources
 
 # What makes entries and decoder alike, so that it cannot change on the way.

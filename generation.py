@@ -15,9 +15,9 @@ from transformers import NoRepeatNGramLogitsProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from base_model import Literal
-from command import UserError
 from datastore import knn_weights
 from memory_decoder import LOGITS_AT_ONCE, DecoderCache
+from support.command import UserError
 from texts import shared_prefix
 
 RULES = ("logits", "probabilities")

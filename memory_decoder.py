@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from base_model import file_checksum
-from command import UserError
+from support.command import UserError
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out

@@ -17,12 +17,12 @@ import psutil
 import torch
 
 from base_model import file_checksum
-from command import UserError
 from corpus import HELD_OUT
 from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
 from evaluation import SAMPLE_LENGTH, SAMPLES
-from machine import fast_bfloat16, free_memory
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
+from support.command import UserError
+from support.machine import fast_bfloat16, free_memory
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
 SCORING_SECONDS = 25e-9  # of one token's logit under all that is compared

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from base_model import Literal
-from command import UserError, one_line
-from tables import MESSAGES, TEXT
+from sources.tables import MESSAGES, TEXT
+from support.command import UserError, one_line
 
 CHAT = "chat"  # the template that stands for the model's own chat template
 DOCUMENT = "document"  # the template of a text that is read as it stands, while questions are asked as in a chat
@@ -213,7 +213,7 @@ def plain(words, base):
 def is_header(words):
     """Whether words are so marked that they begin no line of an answer by chance."""
     letters = sum(map(str.isalpha, words))
-    return letters > 0 and (words.endswith(":") or (letters >= 3 and not (words[0].isalnum() and words[-1].isalnum())))
+    return letters > 0 and (words.endswith((":", "\uff1a")) or (letters >= 3 and not (words[0].isalnum() and words[-1].isalnum())))
 
 
 def chat_fields(columns):

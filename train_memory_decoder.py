@@ -25,10 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-import command
 import evaluation
 from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, pick_device
-from command import UserError, fail, one_line, option
 from corpus import HELD_OUT, Corpus
 from datastore import (
     Datastore,
@@ -47,6 +45,8 @@ from datastore import (
 from earlier import Claim, Earlier, earlier_options
 from memory_decoder import MemoryDecoder, TrainingLoss, check_heads
 from stages import Stages, load_checkpoint, plan, publish, save_checkpoint
+from support import command
+from support.command import UserError, fail, one_line, option
 from texts import entries_of, windows_of_sources
 
 HERE = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ import app
 from chat import Chat
 from generation import AUTO, RULES
 from memory_decoder import read_manifest
-from panels import NO_ANSWER
+from web.panels import NO_ANSWER
 
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}

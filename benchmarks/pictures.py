@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
-import page
 from chat import Chat
 from memory_decoder import read_manifest
+from web import page
 
 FOLDER = ROOT / "demo/pictures"
 QUESTION = "Who do I serve when I am suing an LLC?"

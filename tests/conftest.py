@@ -20,7 +20,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from base_model import BaseLM
 from memory_decoder import MemoryDecoder
-from rows import Example
+from sources.rows import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]

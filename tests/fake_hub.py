@@ -86,9 +86,9 @@ def asker():
     """A function of a name that gives the sentences for a model, for a dataset and for the names of its configurations."""
     import datasets
 
-    import hub
     from base_model import BaseLM
-    from command import UserError
+    from support import hub
+    from support.command import UserError
 
     def sentence(call, name):
         try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from base_model import BaseLM
-from command import UserError
+from support.command import UserError
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3}

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import base_model
-import machine
 from base_model import BaseLM, Literal
-from command import UserError
+from support import machine
+from support.command import UserError
 
 BOS, TURN, END = SPECIAL.index("<bos>"), SPECIAL.index("<turn>"), SPECIAL.index("<end>")
 TEXTS = ["", " ", "  two  spaces ", "\n\n\ttab\tand\r\nline \n", "naïve façade – 東京 Ωμέγα", "😀👩‍👩‍👧 e\u0301",

@@ -13,6 +13,7 @@ from runs import stored_rows
 
 from app import Options
 from chat import Chat
+from generation import token_bytes
 from memory_decoder import read_manifest
 
 QUESTION = "Can my boss refuse to pay me overtime?"
@@ -111,7 +112,8 @@ def test_at_alpha_0_the_answer_is_the_bases_own_greedy_one(visit, chat):
     ids = torch.tensor([base.encode(chat.template.prompt(QUESTION))])
     ends = sorted(chat.model.ends)
     out = base.model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=ends, pad_token_id=base.eos)
-    text = base.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    # Byte by byte, since the decoder of a tokenizer drops a letter that stands as a byte beside half a character.
+    text = b"".join(token_bytes(base.tokenizer, token) for token in out[0, ids.shape[1]:].tolist()).decode("utf-8", "replace")
     text = min((text.split(stop)[0] for stop in chat.model.stops), key=len, default=text)
     assert letters(shown) == letters(text)
 

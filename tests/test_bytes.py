@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 import app
-import panels
-from api import Api
 from base_model import BaseLM
 from chat import END, Chat
-from command import whole_text
 from generation import DecodedText, MemoryAugmentedLM, Settings, token_bytes
 from memory_decoder import read_manifest
+from support.command import whole_text
 from texts import Template
+from web import panels
+from web.api import Api
 
 SENTENCES = ["房东可以保留我的押金吗？", "可以，但他必须说明理由。", "我可以录音吗？🙂", "可以录音🎉，但要先问😀。",
              "naïve café, “ok” 👩‍👩‍👧!"]

@@ -13,10 +13,10 @@ from conftest import ROWS, rows_of
 
 import app
 from chat import EVERY_RULE, RANGES, VOICES, Answer, Chat, check_ranges, logprobs
-from command import UserError
 from datastore import knn_weights, open_keys
 from generation import KNN, RULES, Evidence, Settings, blend, opinions
 from memory_decoder import read_manifest
+from support.command import UserError
 from texts import encode_row
 
 # Drawn with a seed, since the best first token of so small a memory may be the end.

@@ -7,12 +7,12 @@ from runs import command_line, entry_places, stored_rows
 from test_chat import GOOD, QUESTION
 
 import app
-import page
 import train_memory_decoder
 from base_model import Literal
 from chat import Chat
 from generation import Settings
 from memory_decoder import read_manifest
+from web import page
 
 HISTORY = [("May I go?", "You may."), ("And my dog?", "Dogs may go too, if they are on a lead.")]
 

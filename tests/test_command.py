@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from command import UserError, fail, one_line, option, parse_options
+from support.command import UserError, fail, one_line, option, parse_options
 
 
 @dataclass

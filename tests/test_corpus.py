@@ -6,10 +6,10 @@ import pytest
 from conftest import ROWS, examples
 from runs import jsonl
 
-from command import UserError
 from corpus import Corpus, typed
 from datastore import write_examples
-from rows import Example
+from sources.rows import Example
+from support.command import UserError
 from texts import ORIGINAL, Template
 from train_memory_decoder import Options
 

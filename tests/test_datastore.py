@@ -9,7 +9,6 @@ from conftest import ROWS, examples, rows_of
 
 import datastore
 from base_model import BaseLM
-from command import UserError
 from datastore import (
     Datastore,
     build_index,
@@ -26,6 +25,7 @@ from datastore import (
     write_examples,
     write_keys,
 )
+from support.command import UserError
 from texts import Entries, Template, encode_row, entries_of, windows_of
 
 TEMPLATE = Template.parse("Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}")

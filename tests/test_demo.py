@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 
 from conftest import DEMO_ROWS, ROOT, ROWS
 
-import page
 import train_memory_decoder
 from corpus import Corpus
+from web import page
 
 
 def test_the_rows_have_the_schema():

@@ -46,7 +46,7 @@ BAD = [
     (("--base_model", "nowhere.gguf"), "There is no file nowhere.gguf"),
     (("--dataset", "missing.jsonl"), "missing.jsonl"),
     (("--template", "{Title} {Nothing}"), "no field Nothing; it has Title, Question, Answer"),
-    (("--template", "no field at all"), "names no field"), (("--template", "chat {Question}"), "neither a chat nor a text"),
+    (("--template", "no field at all"), "names no field"), (("--template", "chat {Question}"), "takes two fields of text"),
     (("--template", "chat {Question} {Nothing}"), "no field Nothing; it has Title, Question, Answer"),
     (("--validation_dataset", "missing.csv"), "missing.csv"),
     (("--k", 1_000_000), "K is 1000000"),

@@ -7,8 +7,8 @@ from conftest import SPECIAL, make_decoder
 
 import generation
 from base_model import Literal
-from command import UserError
 from generation import DecodedText, Gate, MemoryAugmentedLM, Settings, VisibleText, blend, opinions, sample
+from support.command import UserError
 from texts import Template, shared_prefix
 
 QA = Template.parse("Question: {q}\nAnswer: {a}")

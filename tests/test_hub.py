@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import hf_raise_for_status
 
-import hub
+from support import hub
 
 MODEL_PAGE, DATASET_PAGE = "https://huggingface.co/x/", "https://huggingface.co/datasets/x/"
 TERMS = ["is gated: accept its terms at", "hf auth login"]

@@ -9,10 +9,10 @@ import torch
 from runs import command_line
 
 import base_model
-import machine
 import train_memory_decoder as script
-from command import UserError
-from machine import devices, free_memory, pick_device
+from support import machine
+from support.command import UserError
+from support.machine import devices, free_memory, pick_device
 
 GIB = 2**30
 
@@ -97,7 +97,7 @@ def test_base_and_decoder_land_on_the_same_device(placed, device, expected):
 def test_one_of_several_processes_keeps_the_device_that_is_its_own(placed, monkeypatch):
     monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    made = SimpleNamespace(device=torch.device("cuda:1"))
+    made = SimpleNamespace(device=torch.device("cuda:1"), is_main_process=False)
     monkeypatch.setattr(script, "Accelerator", lambda **_: made)
     seen = []
 

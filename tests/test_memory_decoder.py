@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import ROWS, make_decoder
 
 import memory_decoder
-from command import UserError
 from memory_decoder import (
     DecoderCache,
     MemoryDecoder,
@@ -20,6 +19,7 @@ from memory_decoder import (
     merge_votes,
     read_manifest,
 )
+from support.command import UserError
 
 
 def read_logits(decoder, hidden, cache=None):

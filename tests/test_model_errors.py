@@ -22,9 +22,9 @@ from transformers import (
     ViTModel,
 )
 
-import model_errors
 from base_model import BaseLM
-from model_errors import explain_load_error
+from support import model_errors
+from support.model_errors import explain_load_error
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5000000000\n"
 QUANTISED = ("gptq", "awq", "bitsandbytes", "hqq", "compressed-tensors", "aqlm")

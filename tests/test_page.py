@@ -8,12 +8,12 @@ import pytest
 from conftest import rows_of
 
 import app
-import page
 import train_memory_decoder
 from chat import EVERY_RULE, RANGES, Chat
 from generation import KNN
 from memory_decoder import read_manifest
-from session import CONTROLS
+from web import page
+from web.session import CONTROLS
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import panels
 from chat import END, Answer
 from generation import Settings
+from web import panels
 
 ODD = "<b>&amp; \"x\" ${1+1} {{y}}"
 

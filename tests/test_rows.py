@@ -6,9 +6,9 @@ from decimal import Decimal
 import pytest
 from conftest import DEMO_ROWS, ROWS, examples
 
-from command import UserError
-from rows import Example, messages_of, plain_text, read_rows, split_rows
-from tables import Table
+from sources.rows import Example, messages_of, plain_text, read_rows, split_rows
+from sources.tables import Table
+from support.command import UserError
 from texts import ORIGINAL, Template
 
 TEMPLATE = Template.parse(ORIGINAL)

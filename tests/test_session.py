@@ -8,10 +8,10 @@ import gradio as gr
 import pytest
 
 import app
-import panels
 from chat import Chat
 from memory_decoder import read_manifest
-from session import CONTROLS, Desk, Session
+from web import panels
+from web.session import CONTROLS, Desk, Session
 
 QUESTION, OTHER = "Can my boss refuse to pay me overtime?", "May I record a call?"
 VALUES = {"alpha": 0.5, "temperature": 1, "top_k": 50, "max_new_tokens": 16, "k": 4, "rule": "logits", "seed": "3", "no_repeat": 0,

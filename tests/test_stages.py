@@ -13,9 +13,9 @@ from conftest import ROWS, examples
 import datastore
 import stages
 import train_memory_decoder as script
-from command import UserError
 from corpus import Corpus
 from stages import Stage, Stages, estimate_disk, estimate_memory, estimate_seconds, index_bytes, plan
+from support.command import UserError
 from texts import ORIGINAL, Template, entries_of, windows_of
 from train_memory_decoder import Options
 

@@ -10,9 +10,9 @@ from conftest import ROWS, SPECIAL, examples, make_decoder
 
 import generation
 from base_model import Literal
-from command import UserError
 from datastore import Datastore, build_index, hidden_batches
 from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings
+from support.command import UserError
 from texts import Template, entries_of, shared_prefix, windows_of
 
 QA = Template.parse("Question: {q}\nAnswer: {a}")

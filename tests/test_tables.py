@@ -12,10 +12,10 @@ import pytest
 from conftest import ROWS
 from matplotlib.figure import Figure
 
-import tables
-from command import UserError
-from rows import read_rows
-from tables import ENOUGH, LEAST_PART, PART, cut, in_smaller_parts, read_table
+from sources import tables
+from sources.rows import read_rows
+from sources.tables import ENOUGH, LEAST_PART, PART, cut, in_smaller_parts, read_table
+from support.command import UserError
 from texts import ORIGINAL, Template, usual_template
 
 TEMPLATE = Template.parse(ORIGINAL)

@@ -5,7 +5,7 @@ from conftest import CHAT_TEMPLATE, ROWS, SPECIAL
 from transformers import AutoTokenizer
 
 from base_model import BaseLM, Literal
-from command import UserError
+from support.command import UserError
 from texts import (
     Template,
     encode_row,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import datasets
 import pyarrow.parquet
 
-import hub
-from command import UserError, one_line
+from support import hub
+from support.command import UserError, one_line
 
 PART = 4000  # characters of a document that are one example
 LEAST_PART = 200  # to which a part shrinks where there is little text, since an example never learns from itself

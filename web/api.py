@@ -3,8 +3,8 @@
 import gradio as gr
 
 from chat import logprobs
-from command import UserError
 from generation import token_bytes
+from support.command import UserError
 
 
 class Api:

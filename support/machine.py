@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from command import UserError
+from support.command import UserError
 
 
 def devices():

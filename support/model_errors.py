@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import hub
-from command import one_line
+from support import hub
+from support.command import one_line
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 CHOOSE = "choose another base model, e.g. --base_model Qwen/Qwen2.5-0.5B"

@@ -10,7 +10,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors, get_token
 
-from command import one_line
+from support.command import one_line
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")

@@ -7,11 +7,11 @@ import json
 import gradio as gr
 import pandas as pd
 
-import panels
-from api import refusal
 from chat import Answer, check_ranges, is_changed
-from command import UserError, whole_text
 from generation import RULES
+from support.command import UserError, whole_text
+from web import panels
+from web.api import refusal
 
 KEPT_TURNS = 20  # in the browser
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another version may raise

@@ -7,12 +7,12 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
-import panels
-from api import Api
 from chat import EVERY_RULE, RANGES
-from command import whole_text
 from generation import KNN, RULES
-from session import CONTROLS, Desk, Session
+from support.command import whole_text
+from web import panels
+from web.api import Api
+from web.session import CONTROLS, Desk, Session
 
 EXAMPLES = 4
 PRESETS = {"precise": (0.2, 50), "balanced": (0.7, 50), "lively": (1.0, 100)}  # temperature, top-k

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from command import UserError, whole_text
-from tables import TEXT, Number, is_chat
+from sources.tables import TEXT, Number, is_chat
+from support.command import UserError, whole_text
 
 MOST_VALIDATION_ROWS = 200
 LONG_ANSWER = 100  # characters from which two equal answers are one answer to two questions
