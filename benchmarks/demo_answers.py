@@ -117,8 +117,8 @@ def cell(answer):
 
 def show(chat, settings, middle):
     """Print twelve questions with their three answers."""
-    columns = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])]
-    asked = [*stored_questions(chat.store.rows), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
+    columns, rows = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])], [e.row for e in chat.store.examples]
+    asked = [*stored_questions(rows), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
     for number, (origin, question) in enumerate(asked, 1):
         print(f"**{number}. {question}** ({origin})\n")
         for name, alpha, rule in columns:
@@ -146,7 +146,8 @@ def main():
     middle = ("automatic alpha", 0, AUTO)
     show(chat, settings, middle)
 
-    nearest, questions = Nearest(chat.store.rows), [row["Question"] for row in UNSEEN]
+    rows = [example.row for example in chat.store.examples]
+    nearest, questions = Nearest(rows), [row["Question"] for row in UNSEEN]
     answers = [ask(chat, question, settings, 0, AUTO) for question in questions]
     for question, answer in zip(questions, answers, strict=True):
         print(f"- **{question}** {cell(answer)}")
@@ -158,7 +159,7 @@ def main():
                        ("automatic alpha", answers)):
         print(f"| {name} | " + " | ".join(map(str, counts(said, nearest))) + " |", flush=True)
 
-    rows = chat.store.rows[::len(chat.store.rows) // STORED][:STORED]
+    rows = rows[::len(rows) // STORED][:STORED]
     answers = [ask(chat, row["Question"], settings, 0, AUTO).split() for row in rows]
     begun = sum(a[:24] == row["Answer"].split()[:24] for a, row in zip(answers, rows, strict=True))
     whole = sum(a == row["Answer"].split() for a, row in zip(answers, rows, strict=True))

@@ -23,7 +23,8 @@ import baselines
 import evaluation
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, BaseLM
-from texts import Template, windows_of
+from corpus import Corpus
+from texts import windows_of_sources
 
 SETTINGS = {"max_examples": 250, "max_length": 512, "batch_size": 4, "context": 16}
 RATES = {"LoRA": 1e-3, "full tuning": 1e-4}
@@ -32,9 +33,9 @@ COLUMNS = ("base", "knn_lm", "memory", "blend_logits", "blend_probabilities", "b
 
 def tuned(base, options, seconds):
     """{name: perplexity} of LoRA and full tuning, alone and mixed with the base by a gate as the memory is."""
-    template, rows, held = script.read_data(options)
-    template = Template.parse(template.pattern, base)
-    windows, held = (windows_of(base, part, template, options.max_length) for part in (rows, held))
+    corpus = Corpus.read(options)
+    windows, held = (windows_of_sources(base, part, corpus.templates(base), options.max_length)
+                     for part in (corpus.examples, corpus.held))
     found, samples = {}, evaluation.sample_windows(base, options.max_length, options.seed)
     for name, rate in RATES.items():
         model, steps, passes = baselines.tune(base, windows, seconds, rate, name == "LoRA", options.seed)
