@@ -160,7 +160,7 @@ class WholeChats(Template):
         except Exception as error:  # a chat template is a program of its own
             if messages[0]["role"] != "system" or len(messages) < 2:
                 raise UserError(f"The chat template of {self.base.name} refuses a chat of {roles}: "
-                                f"{one_line(error)[:120]}") from None
+                                f"{one_line(error)[:120].rstrip('.')}.") from None
             told = "\n\n".join(message["content"] for message in messages[:2])  # a model that knows no system message
             return self.render({self.fields[0]: [messages[1] | {"content": told}, *messages[2:]]})
         words, numbers = text[::2], text[1::2]

@@ -5,6 +5,7 @@ from conftest import CHAT_TEMPLATE, ROWS, SPECIAL
 from transformers import AutoTokenizer
 
 from base_model import BaseLM, Literal
+from sources.rows import Example
 from support.command import UserError
 from texts import (
     Template,
@@ -13,6 +14,7 @@ from texts import (
     entries_of,
     make_windows,
     windows_of,
+    windows_of_sources,
 )
 
 BOS, EOS, TURN, END = (SPECIAL.index(name) for name in ("<bos>", "<eos>", "<turn>", "<end>"))
@@ -273,3 +275,81 @@ def test_last_gives_one_entry_a_row(base):
     assert sorted(example) == list(range(6))
     ids = [encode_row(base, TEMPLATE, row)[:64] for row in ROWS[:6]]
     assert [ids[e][-1] for e in example] == values.tolist() and set(position) == {62}
+
+
+def whole(turns, system=None):
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + messages}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_whole_chats_are_those_of_the_models_own_template(base, tiny_gemma, name):
+    model = chat_base(base, tiny_gemma, CHATS[name])
+    template = Template.parse("chat {messages}", model)
+    for turns in ([("Why?", "So.")], [("Why?", "So."), ("<turn> or <eos>?", "No.\nNever. <end>"), ("And now?", "Yes.")]):
+        ids, row = encode_row(model, template, whole(turns)), whole(turns)
+        if len(turns) == 1:
+            assert ids == encode_row(model, Template.parse("chat {q} {a}", model), {"q": "Why?", "a": "So."})
+            expected = own_chat(model, turns)
+            assert ids == expected[:len(ids)] and not model.tokenizer.decode(expected[len(ids):]).strip()
+        text = model.tokenizer.decode(ids)
+        assert all(message["content"] in text for message in row["messages"])
+        marks = [[i for i in found if i < len(SPECIAL)] for found in (ids, own_chat(model, [("a", "b")] * len(turns)))]
+        assert marks[0] == marks[1][:len(marks[0])]  # names of special tokens in the messages are letters
+        prompt = model.encode(template.asked.prompt(*turns[-1][:1], turns[:-1]))
+        assert ids[:len(prompt)] == prompt  # a chat's last answer is asked for as a user asks
+
+
+def test_a_chats_own_system_message_is_read_where_the_model_knows_one_and_else_before_the_question(base, tiny_gemma):
+    row = whole([("Why?", "So.")], "Be brief.")
+    known = chat_base(base, tiny_gemma, WITH_SYSTEM)
+    text = text_of(Template.parse("chat {messages}", known).render(row))
+    assert text.startswith("<bos><turn>system\nBe brief.<end>\n<turn>user\nWhy?")
+    strict = chat_base(base, tiny_gemma, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                       + CHAT_TEMPLATE)
+    assert "<turn>user\nBe brief.\n\nWhy?<end>" in text_of(Template.parse("chat {messages}", strict).render(row))
+
+
+@pytest.mark.parametrize("extra", ["{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}", "drop"])
+def test_a_chat_that_the_models_template_refuses_or_shortens_is_refused_in_words(base, tiny_gemma, extra):
+    words = CHAT_TEMPLATE.replace("for m in messages", "for m in messages[-2:]") if extra == "drop" else extra + CHAT_TEMPLATE
+    if extra != "drop":
+        words = words.replace("> 2", "> 4")  # a chat of two turns is how its words are read
+        row = whole([("a", "b")] * 3)
+    else:
+        row = whole([("a", "b")] * 2)
+    model = chat_base(base, tiny_gemma, words)
+    with pytest.raises(UserError) as error:
+        template = Template.parse("chat {messages}", model)
+        template.render(row)
+    assert "chat template" in sentence(error) or "leaves out" in sentence(error)
+
+
+def test_a_document_is_its_text_and_asked_as_a_chat_or_gone_on_with(base, tiny_gemma):
+    template = Template.parse("document {text}", base)
+    assert text_of(template.render({"text": "It rains. <end>"})) == "It rains. <end>"
+    assert base.tokenizer.decode(encode_row(base, template, {"text": "It rains."})) == "<bos>It rains.<eos>"
+    assert text_of(template.asked.prompt("Why?")) == text_of(Template.parse("chat {q} {a}", base).prompt("Why?"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gemma)
+    tokenizer.chat_template = None
+    bare = Template.parse("document {text}", BaseLM(base.model, tokenizer, "tiny"))
+    assert bare.asked is bare and text_of(bare.prompt("It was")) == "It was"
+
+
+@pytest.mark.parametrize(("pattern", "row", "title", "question"), [
+    (TEMPLATE.pattern, {"Title": "Deposits", "Question": "May I?\nNow?", "Answer": "No."}, "Deposits", "May I?\nNow?"),
+    ("chat {messages}", whole([("May I?", "No."), ("Now?", "Yes.")], "Be brief."), "May I?", "May I?"),
+    ("document {text}", {"text": "It rains."}, "notes.txt:2", "What does notes.txt say?")])
+def test_a_title_and_a_question_are_known_of_every_kind_of_example(base, pattern, row, title, question):
+    template, example = Template.parse(pattern, base), Example("notes.txt:2", row)
+    assert template.title(example) == title and template.question(example) == question
+
+
+def test_windows_of_several_sources_stand_one_source_after_the_other(base):
+    examples = [Example("a", {"q": "May I?", "a": "No."}), Example("b", {"text": "It rains. " * 80}, 1),
+                Example("c", {"q": "May I keep a goat in the yard?", "a": "Only a small one."})]
+    templates = [Template.parse("chat {q} {a}", base), Template.parse("document {text}", base)]
+    windows = windows_of_sources(base, examples, templates, 64)
+    order = [window.example for window in windows]
+    assert order[:2] == [2, 0] and set(order[2:]) == {1} and len(order) > 4
+    assert windows[:2] == windows_of(base, [examples[0].row, examples[2].row], templates[0], 64, numbers=[0, 2])
