@@ -56,9 +56,14 @@ class Corpus:
         return replace(self, sources=[self.sources[0] | {"template": plain}, *self.sources[1:]])
 
     def added(self, source, split=None, pattern=None):
-        """The Corpus with another source behind it; raises UserError for one that it holds."""
-        table = read_table(source, split)
-        template = Template.parse(typed(pattern) if pattern else usual_template(table.columns), columns=table.columns)
+        """The Corpus with another source behind it; raises UserError for one that it holds.
+
+        Without a pattern the source is read as the first one was, if it has the same columns.
+        """
+        table, first = read_table(source, split), Template.parse(self.sources[0]["template"])
+        if pattern is None:
+            pattern = first.pattern if set(first.fields) <= set(table.columns) else usual_template(table.columns)
+        template = Template.parse(typed(pattern), columns=table.columns)
         new = read_rows(table, template, len(self.sources))
         names = {document(example.name) for example in [*self.examples, *self.held]}
         known = sorted(names & {document(example.name) for example in new})

@@ -18,7 +18,7 @@ import torch
 
 from base_model import file_checksum
 from corpus import HELD_OUT
-from datastore import FLAT_LIMIT, PROBED, choose_index, write_atomically
+from datastore import FLAT_LIMIT, FOUND_AT_ONCE, PROBED, SEARCH_CHUNK, choose_index, write_atomically
 from evaluation import SAMPLE_LENGTH, SAMPLES
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from support.command import UserError
@@ -131,11 +131,11 @@ def publish(options, base, corpus, metrics, stages, output):
             shutil.rmtree(folder)
 
 
-def plan(options, base, windows, held_windows, seen, stages, is_main=True):
+def plan(options, base, windows, held_windows, seen, stages, is_main=True, learned=None):
     """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string.
 
     What auto chose depends on the memory that was free, so the choice is kept with the stage. Files that an earlier run
-    left for this one are not asked for again, and only the main process asks.
+    left for this one are not asked for again, and only the main process asks. learned: the windows of one pass, if not all.
     """
     output = stages.index.path.parent
     entries = sum(len(w.ids) - 1 - w.skip for w in windows)
@@ -158,7 +158,7 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True):
         raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {available / 2**30:.2f} "
                         "are free; lower --max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
     if not (stages.decoder / "done.json").exists():
-        seconds = estimate_seconds(options, base, windows, held_windows, entries, seen)
+        seconds = estimate_seconds(options, base, learned or windows, held_windows, entries, seen)
         print(f"plan: about {max(1, round(seconds / 60))} min from here, when nothing of it is done yet", flush=True)
     return factory
 
@@ -194,7 +194,8 @@ def estimate_memory(options, base, entries, seen, factory):
     learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
                 + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))
     scoring = 6 * 4 * LOGITS_AT_ONCE // 4
-    return index_bytes(base, entries, factory) + max(learning, scoring)
+    searching = 60 * FOUND_AT_ONCE + 3 * 4 * SEARCH_CHUNK * base.width
+    return index_bytes(base, entries, factory) + max(learning, scoring, searching)
 
 
 def timed(work):

@@ -351,7 +351,8 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
     known, decoder = (len(windows) - len(grown.new(windows, corpus)), grown.decoder()) if grown else (0, None)
     seen = len(np.unique(entries.values)) if options.head_init == "base" else base.vocabulary
     with accelerator.main_process_first():
-        factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process)
+        factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process,
+                       windows[known:] * (1 + REPLAYED) if known else None)
         keys = build_datastore(options, base, corpus, windows, entries, stages.datastore, earlier)
         store = build_neighbours(options, keys, entries, corpus.examples, factory, stages, grown)
     if stages.decoder.begin():

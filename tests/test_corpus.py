@@ -76,6 +76,13 @@ def test_an_added_source_stands_behind_with_its_own_template(corpus, tmp_path):
     assert more.examples[-1] == Example("more.jsonl:1", {"q": "a", "a": "b"}, 2) and more.sources[2]["template"] == "{q}\n{a}"
 
 
+def test_what_is_added_is_read_as_the_first_source_was_where_it_has_its_columns(corpus, tmp_path):
+    corpus.sources = [{"name": "rows.jsonl", "template": "chat {Question} {Answer}"}]
+    grown = corpus.added(str(jsonl(tmp_path / "more.jsonl", [ROWS[20]])))
+    assert grown.sources[1] == {"name": "more.jsonl", "template": "chat {Question} {Answer}"}
+    assert grown.examples[-1].row == {name: ROWS[20][name] for name in ("Question", "Answer")}
+
+
 def test_text_that_is_held_out_and_then_added_is_no_longer_held_out(corpus, tmp_path):
     corpus.held += [Example("held.jsonl:3", ROWS[8])]
     grown = corpus.added(str(jsonl(tmp_path / "more.jsonl", [ROWS[8]])))
