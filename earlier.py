@@ -17,7 +17,7 @@ from texts import windows_of_sources
 FIXED = ("max_length", "positions", "k", "index", "decoder_dim", "context", "norm", "head_init", "dtype")
 OF_ONE_RUN = ("output_dir", "add", "forget", "demo", "original", "dataset", "template", "split", "validation_dataset",
               "validation_split", "device", "max_examples")
-MOST_WINDOWS = 200  # of added or forgotten text that are scored before and after
+MOST_WINDOWS = 50  # of added, kept or forgotten text that are scored before and after
 
 
 class Claim:
@@ -106,17 +106,13 @@ class Earlier:
 
     def difference(self, base, decoder, corpus, entries, options):
         """What the change did, as plain data: counts, and perplexities of added and forgotten text before and after."""
-        def apart(one, other):
-            names = {example.name for part in other for example in part}
-            return [example for part in one for example in part if example.name not in names]
-
-        was, now = ((c.examples, c.held) for c in (self.corpus, corpus))
+        was, now = ({example.name for example in [*c.examples, *c.held]} for c in (self.corpus, corpus))
         metrics = json.loads((self.folder / "metrics.json").read_text())
         found = {"entries": [len(self.example), entries], "held_out": metrics["held_out"]}
-        for name, examples, templates in (("added", apart(now, was), corpus.templates(base)),
-                                          ("forgotten", apart(was, now), self.corpus.templates(base))):
+        for name, c, names in (("added", corpus, now - was), ("kept", corpus, now & was), ("forgotten", self.corpus, was - now)):
+            examples = [example for example in (c.examples if name == "kept" else [*c.examples, *c.held]) if example.name in names]
             if examples:
-                windows = windows_of_sources(base, examples, templates, options.max_length)
+                windows = windows_of_sources(base, examples, c.templates(base), options.max_length)
                 names = few_of([example.name for example in examples])
                 found[name] = {"names": names} | self.scored(base, decoder, windows, options)
         return found

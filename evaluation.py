@@ -254,7 +254,7 @@ def change_table(metrics):
         if what in changed:
             lines.append(f"{what}: {changed[what]['names']}")
     lines += ["", "| | before | after |", "|---|---:|---:|", "| entries | {:,} | {:,} |".format(*changed["entries"])]
-    for what in ("added", "forgotten"):
+    for what in ("added", "forgotten", "kept"):
         if what in changed:
             found = changed[what]
             lines.append(f"| {what} text, memory alone (base {found['base']:.2f}) | {found['before']:.2f} | {found['after']:.2f} |")

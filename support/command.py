@@ -18,18 +18,21 @@ def option(default, text, **more):
 def parse_options(options, description, arguments, presets):
     """Return an `options` dataclass filled from command-line arguments (None: those of this process).
 
-    presets: {flag: {name: default}, or a function of the options that returns it}. A flag that is set changes defaults, so a
-    value given beside it wins.
+    presets: {flag: {name: default}}. A flag that is set changes defaults, so a value given beside it wins. In place of the
+    defaults may stand a function that returns them from what the flags before it have led to.
     """
     parser = HfArgumentParser(options, description=description, allow_abbrev=False)
-    for _ in range(2):
+
+    def parse():
         parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if unknown:
             parser.error(f"unknown: {' '.join(unknown)} (--help lists the options)")
-        for flag, defaults in presets.items():
-            if getattr(parsed, flag):
-                parser.set_defaults(**(defaults(parsed) if callable(defaults) else defaults))
-    return parsed
+        return parsed
+
+    for flag, defaults in presets.items():
+        if getattr(parsed := parse(), flag):
+            parser.set_defaults(**(defaults(parsed) if callable(defaults) else defaults))
+    return parse()
 
 
 def whole_text(text):

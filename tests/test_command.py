@@ -36,6 +36,12 @@ def test_the_later_of_two_presets_goes_before_the_earlier_wherever_the_flags_sta
         assert parse(*flags) == Options(size=5, word="fancy", rate=2.0, big=True, fast=True)
 
 
+def test_a_preset_may_depend_on_what_those_before_it_led_to():
+    presets = {"big": PRESETS["big"], "fast": lambda options: {"rate": options.size / 2}}
+    assert parse_options(Options, "", ["--fast", "--big"], presets) == Options(9, "fancy", 4.5, True, True)
+    assert parse_options(Options, "", ["--fast", "--size", "4"], presets) == Options(4, "plain", 2.0, False, True)
+
+
 def test_a_given_flag_wins_over_a_preset_before_and_behind_it():
     for arguments in (("--big", "--size", "7"), ("--size", "7", "--big")):
         assert parse(*arguments) == Options(size=7, word="fancy", big=True)
