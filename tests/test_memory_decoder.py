@@ -4,6 +4,7 @@ import math
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +232,29 @@ def test_a_decoder_learns_under_dropout(base, norm_first):
     torch.logsumexp(read_logits(decoder.train(), hidden), -1).mean().backward()
     norms = [p.grad.norm() for p in decoder.parameters()]
     assert min(norms) > 0 and max(norms) < 1e3
+
+
+def test_a_grown_decoder_says_the_same_of_the_tokens_it_knew_and_guesses_the_new_ones_from_the_bases_rows(base):
+    known, seen = [n for n in range(512) if n % 3], list(range(512))
+    decoder, head = make_decoder(seen=known), base.head.weight.detach()
+    with torch.no_grad():
+        decoder.scale.fill_(0.5)
+        decoder.output_projection.weight.copy_(head[known] @ torch.randn(32, 32))  # as a linear map of the head's rows
+        decoder.output_projection.bias.copy_(head[known] @ torch.randn(32) + 2)
+    grown, hidden = decoder.grown(np.array(seen), 0.03, head[seen], dropout=0.2), torch.randn(1, 7, 32)
+    assert grown.seen.tolist() == seen and (float(grown.scale), round(float(grown.backoff), 6)) == (1, 0.03)
+    assert grown.dropout.p == 0.2 and decoder.seen.tolist() == known
+    before, after = read_logits(decoder, hidden), read_logits(grown.eval(), hidden)
+    torch.testing.assert_close(after[..., known], before)
+    rows = torch.linalg.lstsq(head[known], decoder.output_projection.weight.detach()).solution
+    new = [n for n in seen[1:] if n % 3 == 0]  # the first is padding, a row of zeros
+    assert F.cosine_similarity(grown.output_projection.weight[new], head[new] @ rows).min() > 0.9
+
+
+def test_a_grown_decoder_without_new_tokens_is_the_same(base):
+    decoder = make_decoder()
+    grown = decoder.grown(decoder.seen.numpy(), float(decoder.backoff), base.head.weight.detach()[decoder.seen])
+    assert all(torch.equal(value, grown.state_dict()[name]) for name, value in decoder.state_dict().items())
 
 
 def test_dropout_acts_in_training_and_not_after_loading(tmp_path):

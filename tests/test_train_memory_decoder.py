@@ -407,6 +407,15 @@ def test_epochs_differ_and_one_seed_gives_one_order():
     assert orders[3] == orders[4]
 
 
+@pytest.mark.parametrize(("known", "fresh", "again"), [(100, 10, 10 * script.REPLAYED), (10, 30, 10)])
+def test_a_pass_over_added_text_has_all_of_it_and_a_changing_share_of_the_old(known, fresh, again):
+    lengths = np.random.default_rng(0).integers(8, 96, known + fresh)
+    passes = [np.concatenate(epoch_batches(lengths, 8, 0, epoch, known)).tolist() for epoch in range(2)]
+    for order in passes:
+        assert len(set(order)) == len(order) == again + fresh and set(range(known, known + fresh)) <= set(order)
+    assert (again == known) == (set(passes[0]) == set(passes[1]))
+
+
 def test_windows_of_like_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(8, 512, 512)
     padded = sum(len(batch) * lengths[batch].max() for batch in epoch_batches(lengths, 16, 0, 0))
