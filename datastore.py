@@ -172,15 +172,17 @@ class Datastore:
     def __len__(self):
         return len(self.values)
 
-    def search(self, queries, k):
+    def search(self, queries, k, without=None):
         """Squared L2 distances D (Q, K), ascending, and entry ids I (Q, K) of the nearest entries.
 
-        queries (Q, H). Where an approximate index finds fewer than k, D is inf and I is -1.
+        queries (Q, H). without: an example whose entries are passed over, of an exact index. Where an approximate index finds
+        fewer than k, D is inf and I is -1.
         """
         queries = np.asarray(queries, np.float32) - self.mean
         # One thread answers a few queries sooner than several that first have to meet.
         faiss.omp_set_num_threads(1 if len(queries) < 16 else torch.get_num_threads())
-        D, I = self.index.search(queries, k)
+        others = None if without is None else faiss.IDSelectorBitmap(np.packbits(self.example != without, bitorder="little"))
+        D, I = self.index.search(queries, k, params=faiss.SearchParameters(sel=others) if others else None)
         D = np.where(I < 0, np.inf, np.maximum(D, 0))
         order = np.argsort(D, axis=1, kind="stable")  # some builds return unsorted lists
         return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
@@ -192,7 +194,11 @@ class Datastore:
         few = np.full(len(queries), k + k // 2 + 8)  # mostly enough; so many that all of its own may come first, always
         left = self._fill_others(np.arange(len(queries)), few, queries, example, D, I)
         own = np.bincount(self.example, minlength=int(example.max(initial=0)) + 1)[example]
-        left = left[np.argsort(own[left], kind="stable")]
+        # Faiss passes entries over one by one, which pays only for an example that is most of the text.
+        most = (own[left] > len(self) / 2) & isinstance(self.index, faiss.IndexFlat)
+        if most.any():
+            D[left[most]], I[left[most]] = self.search(queries[left[most]], k, example[left[most]][0])
+        left = left[~most][np.argsort(own[left[~most]], kind="stable")]
         self._fill_others(left, k + own, queries, example, D, I)
         return D, I
 
