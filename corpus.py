@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from datastore import read_examples
-from sources.rows import check_enough, read_rows, split_rows, telltale
+from sources.rows import check_enough, document, read_rows, split_rows, telltale
 from sources.tables import in_smaller_parts, read_table
 from support.command import UserError
 from texts import Template, usual_template
@@ -30,6 +30,7 @@ class Corpus:
         if options.validation_dataset or options.validation_split:
             source = options.validation_dataset or options.dataset
             held = read_rows(read_table(source, options.validation_split), template)
+            held = [example._replace(name=f"validation/{example.name}") for example in held]
         examples = read_rows(table, template)
         tell_unused(table, template)
         examples, held = split_rows(examples, held, template, options.validation_fraction, options.max_examples, options.seed,
@@ -47,13 +48,13 @@ class Corpus:
         return [Template.parse(source["template"], base) for source in self.sources]
 
     def fitting(self, base):
-        """The same Corpus with plain words where the base model has no chat template for the usual form of a question."""
-        template = Template.parse(self.sources[0]["template"])
+        """The same Corpus with plain words for its last source where the base model has no chat template for a question's."""
+        template = Template.parse(self.sources[-1]["template"])
         if base.tokenizer.chat_template or template.whole_chats or not template.pattern.startswith("chat ") :
             return self
         question, answer = template.fields
         plain = f"Question: {{{question}}}\nAnswer: {{{answer}}}"
-        return replace(self, sources=[self.sources[0] | {"template": plain}, *self.sources[1:]])
+        return replace(self, sources=[*self.sources[:-1], self.sources[-1] | {"template": plain}])
 
     def added(self, source, split=None, pattern=None):
         """The Corpus with another source behind it; raises UserError for one that it holds.
@@ -62,18 +63,18 @@ class Corpus:
         """
         table, first = read_table(source, split), Template.parse(self.sources[0]["template"])
         if pattern is None:
-            pattern = first.pattern if set(first.fields) <= set(table.columns) else usual_template(table.columns)
+            there = {field if field in table.columns else field.split(".")[0] for field in first.fields} <= set(table.columns)
+            pattern = first.pattern if there else usual_template(table.columns)
         template = Template.parse(typed(pattern), columns=table.columns)
         new = read_rows(table, template, len(self.sources))
         names = {document(example.name) for example in [*self.examples, *self.held]}
         known = sorted(names & {document(example.name) for example in new})
         if known:
             raise UserError(f"This memory holds {known[0]} already; --forget it first, or give the file another name.")
-        held = self.held
-        if template.fields:
-            new_text = {part for example in new for part in telltale(example.row, template)}
-            held = [e for e in held if not new_text & set(telltale(e.row, Template.parse(self.sources[e.source]["template"])))]
-        check_enough(len(self.examples), len(held), source)
+        new_text = {part for example in new for part in telltale(example.row, template)}
+        held = [e for e in self.held if not new_text & set(telltale(e.row, Template.parse(self.sources[e.source]["template"])))]
+        if len(held) < 2:
+            raise UserError(f"The text of {source} is what this memory holds out to test on, and too little of that would be left.")
         return Corpus([*self.sources, {"name": table.name, "template": template.pattern}], [*self.examples, *new], held)
 
     def without(self, name, seed):
@@ -95,11 +96,6 @@ class Corpus:
 def few_of(names):
     """Some of the names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def document(name):
-    """The name of the document or table that an example comes from."""
-    return name.rsplit(":", 1)[0] if name.rpartition(":")[2].isdigit() else name
 
 
 def typed(pattern):

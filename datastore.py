@@ -48,6 +48,7 @@ def write_keys(base, windows, offsets, path, batch_size, known=0):
     """
     row = 2 * base.width
     done = path.stat().st_size // row if path.exists() else 0
+    assert done >= offsets[known]
     starts = offsets[known:-1][::batch_size]
     first = len(windows)
     if done < offsets[-1]:
@@ -260,10 +261,14 @@ def find_neighbours(store, keys, k, folder, earlier=None):
 
 def nearer(D, I, queries, new, mean, first):
     """The K nearest (Q, K) among neighbours D, I (Q, K) and new keys (M, H) of other examples, whose entries begin at `first`."""
-    new_D, new_I = faiss.knn(queries.astype(np.float32) - mean, new.astype(np.float32) - mean, min(D.shape[1], len(new)))
-    D, I = np.concatenate([D, np.maximum(new_D, 0)], 1), np.concatenate([I, new_I + first], 1)
-    order = np.argsort(D, axis=1, kind="stable")[:, :I.shape[1] - new_I.shape[1]]
-    return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
+    queries, K = queries.astype(np.float32) - mean, D.shape[1]
+    for i in range(0, len(new), 65536):
+        chunk = new[i:i + 65536].astype(np.float32) - mean
+        new_D, new_I = faiss.knn(queries, chunk, min(K, len(chunk)))
+        D, I = np.concatenate([D, np.maximum(new_D, 0)], 1), np.concatenate([I, new_I + first + i], 1)
+        order = np.argsort(D, axis=1, kind="stable")[:, :K]
+        D, I = np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
+    return D, I
 
 
 def knn_weights(D, temperature):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import filelock
@@ -10,13 +11,14 @@ import numpy as np
 import evaluation
 from corpus import Corpus, few_of
 from memory_decoder import MemoryDecoder, read_manifest
+from stages import finish_publishing
 from support.command import UserError
 from texts import windows_of_sources
 
 # What makes entries and decoder alike, so that it cannot change on the way.
 FIXED = ("max_length", "positions", "k", "index", "decoder_dim", "context", "norm", "head_init", "dtype")
-OF_ONE_RUN = ("output_dir", "add", "forget", "demo", "original", "dataset", "template", "split", "validation_dataset",
-              "validation_split", "device", "max_examples")
+OF_A_WHOLE_TRAINING = ("dataset", "max_examples", "validation_dataset", "validation_split", "validation_fraction")
+OF_ONE_RUN = ("output_dir", "add", "forget", "demo", "original", "template", "split", "device")
 MOST_WINDOWS = 50  # of added, kept or forgotten text that are scored before and after
 
 
@@ -42,6 +44,7 @@ class Claim:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.wanted:
                 self.lock.acquire(timeout=0)
+                finish_publishing(self.folder.parent)
         except filelock.Timeout:
             raise UserError(f"Another training is writing to the folder {self.folder.parent}; wait for its end, or name another "
                             "--output_dir.") from None
@@ -49,8 +52,16 @@ class Claim:
             raise UserError(f"Nothing can be written to the folder {self.folder.parent}: {error.strerror}.") from None
 
 
+def text_of(example):
+    """An Example as a text, to be compared: a document that was changed has its name still, and is another."""
+    return json.dumps(example)
+
+
 def earlier_options(options):
     """What --add and --forget take over from the training of the memory, as defaults; raises UserError where there is none."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one
+        with Claim(options.output_dir):  # which ends what a killed run began
+            pass
     manifest = read_manifest(options.output_dir)
     if manifest is None:
         raise UserError(f"There is no memory in {options.output_dir} to change; train one first, or name its --output_dir.")
@@ -78,6 +89,9 @@ class Earlier:
         if base.fingerprint != self.manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one that this memory was trained with "
                             f"({self.manifest['base_model']}); name that one with --base_model.")
+        for name in OF_A_WHOLE_TRAINING:
+            if str(getattr(options, name)) != str(self.manifest["options"][name]):
+                raise UserError(f"--{name} belongs to a whole training and not to --add or --forget; leave it out.")
         for name in FIXED:
             was = self.manifest["options"][name]
             if str(getattr(options, name)) != str(was):
@@ -96,21 +110,22 @@ class Earlier:
 
     def entries_in(self, corpus):
         """Numbers of the entries whose example is in another Corpus too."""
-        names = {example.name for example in corpus.examples}
-        return np.flatnonzero(np.array([example.name in names for example in self.corpus.examples])[self.example])
+        there = set(map(text_of, corpus.examples))
+        return np.flatnonzero(np.array([text_of(example) in there for example in self.corpus.examples])[self.example])
 
     def new(self, windows, corpus):
         """Those of a Corpus's windows whose text this memory lacks."""
-        names = {example.name for example in self.corpus.examples}
-        return [window for window in windows if corpus.examples[window.example].name not in names]
+        known = set(map(text_of, self.corpus.examples))
+        return [window for window in windows if text_of(corpus.examples[window.example]) not in known]
 
     def difference(self, base, decoder, corpus, entries, options):
         """What the change did, as plain data: counts, and perplexities of added and forgotten text before and after."""
-        was, now = ({example.name for example in [*c.examples, *c.held]} for c in (self.corpus, corpus))
+        was, now = (set(map(text_of, [*c.examples, *c.held])) for c in (self.corpus, corpus))
         metrics = json.loads((self.folder / "metrics.json").read_text())
         found = {"entries": [len(self.example), entries], "held_out": metrics["held_out"]}
-        for name, c, names in (("added", corpus, now - was), ("kept", corpus, now & was), ("forgotten", self.corpus, was - now)):
-            examples = [example for example in (c.examples if name == "kept" else [*c.examples, *c.held]) if example.name in names]
+        for name, c, texts in (("added", corpus, now - was), ("kept", corpus, now & was), ("forgotten", self.corpus, was - now)):
+            among = c.examples if name == "kept" else [*c.examples, *c.held]
+            examples = [example for example in among if text_of(example) in texts]
             if examples:
                 windows = windows_of_sources(base, examples, c.templates(base), options.max_length)
                 names = few_of([example.name for example in examples])

@@ -273,7 +273,8 @@ def write_report(metrics, folder):
         + (f"## What changed\n\n{change_table(metrics)}\n\n" if "changed" in metrics else "") +
         f"{metrics['held_out']['positions']:,} positions reported, {metrics['chosen']['positions']:,} others to choose on; "
         f"{metrics['entries']:,} entries, K {metrics['k']}.\n\nSeconds: {seconds}. "
-        f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n")
+        f"Peak memory: {metrics['peak_memory_bytes'] / 2**30:.2f} GiB.\n\n![loss](loss_curve.png)\n\n![alpha](alpha_sweep.png)\n",
+        encoding="utf-8")
     plot_losses(metrics["losses"], folder / "loss_curve.png")
     plot_sweep(metrics, folder / "alpha_sweep.png")
 

@@ -25,6 +25,7 @@ from support.command import UserError
 from support.machine import fast_bfloat16, free_memory
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
+NEW_MANIFEST = "config.json.part"
 SCORING_SECONDS = 25e-9  # of one token's logit under all that is compared
 
 
@@ -122,13 +123,26 @@ def publish(options, base, corpus, metrics, stages, output):
         "options": {name: str(value) if value == math.inf else value for name, value in dataclasses.asdict(options).items()},
         "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
     }
+    write_atomically(output / NEW_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    finish_publishing(output)
+
+
+def finish_publishing(output):
+    """Replace all artefacts by the new ones that lie beside them, if the new manifest is there: from then on all of them are.
+
+    The stages of an earlier memory go before the manifest takes its place, so that a text which was forgotten is nowhere.
+    """
+    if not (output / NEW_MANIFEST).exists():
+        return
+    manifest = json.loads((output / NEW_MANIFEST).read_text())
     (output / "config.json").unlink(missing_ok=True)  # a kill between two replacements must not look whole
-    for name in sources:
-        os.replace(output / f"{name}.part", output / name)
-    write_atomically(output / "config.json", json.dumps(manifest, indent=2) + "\n")
+    for name in manifest["files"]:
+        if (output / f"{name}.part").exists():
+            os.replace(output / f"{name}.part", output / name)
     for folder in output.joinpath("stages").iterdir():
-        if folder.is_dir() and folder not in [stage.path for stage in stages]:
+        if folder.is_dir() and folder.name not in manifest["stages"].values():
             shutil.rmtree(folder)
+    os.replace(output / NEW_MANIFEST, output / "config.json")
 
 
 def plan(options, base, windows, held_windows, seen, stages, is_main=True, learned=None):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from base_model import Literal
+from sources.rows import document
 from sources.tables import MESSAGES, TEXT
 from support.command import UserError, one_line
 
@@ -199,7 +200,7 @@ class Document(Template):
         return example.name
 
     def question(self, example):
-        return f"What does {example.name.partition(':')[0]} say?"
+        return f"What does {document(example.name)} say?"
 
     def begun(self, row):
         return []

@@ -151,7 +151,7 @@ def build_neighbours(options, keys, entries, examples, factory, stages, earlier=
     grown = earlier.found("index", "neighbours") if earlier else None
     if stages.index.begin():
         write_atomically(stages.index / "factory.txt", factory)
-        if grown:
+        if grown and (grown[0] / "factory.txt").read_text() == factory:
             index, mean = grow_index(grown[0] / "faiss_index.bin", keys, len(earlier.example), earlier.mean), earlier.mean
         else:
             index, mean = build_index(keys, factory, options.seed)
@@ -335,7 +335,7 @@ def run(options):
         base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if device == "cuda" else device)
         if earlier:
             earlier.check(base, options)
-        elif options.template is None:
+        if options.template is None and (options.add or not earlier):
             corpus = corpus.fitting(base)
         make_memory(options, base, corpus, earlier, claim, accelerator)
 

@@ -49,9 +49,9 @@ def kind_of(value):
     """What a value is, in words."""
     if isinstance(value, dict):
         return f"objects with {', '.join(map(str, value))}" if value else "empty objects"
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return "a chat" if is_chat(value) else f"lists of {kind_of(value[0])}"
-    names = {str: "texts", bytes: "bytes", Number: "numbers", int: "numbers", float: "numbers"}
+    names = {list: "empty lists", str: "texts", bytes: "bytes", Number: "numbers", int: "numbers", float: "numbers"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -62,12 +62,17 @@ def messages_of(value):
     messages = []
     for message in value:
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get(TEXT), str) for part in content):
             content = "\n".join(part[TEXT] for part in content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"a message of {role or 'nobody'} without text")
         messages.append({"role": SHAREGPT.get(role, role), "content": whole_text(content).strip()})
     return messages
+
+
+def document(name):
+    """The name of the document or table that an example of that name comes from."""
+    return name.rsplit(":", 1)[0] if name.rpartition(":")[2].isdigit() else name
 
 
 def find(record, field):

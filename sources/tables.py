@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import datasets
 import pyarrow.parquet
 
 from support import hub
-from support.command import UserError, one_line
+from support.command import UserError, one_line, whole_text
 
 PART = 4000  # characters of a document that are one example
 LEAST_PART = 200  # to which a part shrinks where there is little text, since an example never learns from itself
@@ -53,20 +52,37 @@ def read_source(source, split):
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return read_saved(path, split)
-        if documents := files_of_kind(path, DOCUMENTS):
-            tables = files_of_kind(path, TABLES)
-            if not tables:
-                return read_documents(path.name, documents, path)
-            others = [file for file in documents if file.name != "README.md"]
-            if others:
-                print(f"left out: {one_and_more(others)}, beside {one_and_more(tables)}", flush=True)
+        documents, tables = files_of_kind(path, DOCUMENTS), files_of_kind(path, TABLES)
+        notes = [file for file in documents if file.name != "README.md"]
+        # A README.md is about the data, if there are any; and a JSON file among documents is seldom a table.
+        if (notes and all(kind_of_file(file) == ".json" for file in tables)) or (documents and not notes and not others_in(path)):
+            if split:
+                raise UserError(f"The folder {source} holds documents and has no splits; leave the split out.")
+            tell_left_out(tables, documents)
+            return read_documents(path.name, documents, path)
+        tell_left_out(notes, tables)
     return read_layout(source, split)
+
+
+def tell_left_out(files, others):
+    if files:
+        print(f"left out: {one_and_more(files)}, beside {one_and_more(others)}", flush=True)
+
+
+def others_in(folder):
+    """Whether a folder holds more than its README.md."""
+    return any(file.is_file() and file.name != "README.md" and not file.name.startswith(".") for file in folder.rglob("*"))
+
+
+def kind_of_file(path):
+    """The suffix of a file, without that of its packing."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def with_whole_chats(table):
     """The table with its chats under one name: TRL's prompt and completion put together, ShareGPT's conversations."""
     def whole(columns):
-        return [{MESSAGES: [message for name in found for message in record[name] or []]} for record in table.fetch(found)]
+        return [{MESSAGES: together([record.get(name) for name in found])} for record in table.fetch(found)]
 
     for found in (["prompt", "completion"], ["conversations"]):
         if set(found) <= set(table.columns) and MESSAGES not in table.columns and is_chat(first_value(table, found[0])):
@@ -74,6 +90,12 @@ def with_whole_chats(table):
             return Table(table.name, [MESSAGES, *others], lambda names: whole(names) if MESSAGES in names else table.fetch(names),
                          table.names)
     return table
+
+
+def together(values):
+    """Chats as one chat; what is no chat stays as it is, to be named where it is read."""
+    wrong = [value for value in values if value and not is_chat(value)]
+    return wrong[0] if wrong else [message for value in values for message in value or []]
 
 
 def first_value(table, column):
@@ -91,13 +113,13 @@ def one_and_more(files):
 
 def files_of_kind(folder, kinds):
     """Files below a folder with one of the suffixes, hidden ones left out, by name."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in kinds and file.is_file()
+    return sorted(file for file in folder.rglob("*") if kind_of_file(file) in kinds and file.is_file()
                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def read_file(path, kind=None):
     """The Table of one file; kind: its suffix, if it is not the name's own."""
-    kind = kind or (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    kind = kind or kind_of_file(path)
     if kind in DOCUMENTS:
         return read_documents(path.name, [path], path.parent)
     if kind not in TABLES:
@@ -107,7 +129,7 @@ def read_file(path, kind=None):
         raise UserError(f"The dataset file {path} is empty.")
     try:
         return TABLES[kind](path)
-    except (ValueError, csv.Error, OSError, EOFError, RecursionError, zlib.error) as error:
+    except (ValueError, csv.Error, OSError, RecursionError) as error:
         raise UserError(f"The dataset file {path} cannot be read: {reason(error)}.") from None
 
 
@@ -119,7 +141,10 @@ def decoded(path):
     """The text of a file, unpacked if it is a gzip file."""
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"The file {path} cannot be unpacked: {reason(error)}.") from None
     if data.startswith(b"version https://git-lfs"):
         raise UserError(f"The file {path} is a Git LFS pointer and not the data; run `git lfs pull`, or download it again.")
     try:
@@ -150,9 +175,12 @@ def read_json(path):
     try:
         found = parse_json(text)
     except json.JSONDecodeError:
+        if text.lstrip().startswith("["):
+            raise
         return read_json_lines(path)
     if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+                 and not is_chat(value)]
         found = lists[0] if len(lists) == 1 else [found]
     return table_of(path.name, objects(path, found, "item"))
 
@@ -183,8 +211,9 @@ def read_csv(path):
     """The Table of a file of values that commas, semicolons or tabs separate, its header in the first line."""
     text = decoded(path)
     header = text.split("\n", 1)[0]
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    csv.field_size_limit(sys.maxsize)
+    mark = "\t" if ".tsv" in path.suffixes else max(",;\t", key=header.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    csv.field_size_limit(2**31 - 1)  # the most on every system
     columns, records = [name.strip() for name in next(lines)], []
     twice = [name for name in columns if name and columns.count(name) > 1]
     if twice:
@@ -229,7 +258,7 @@ DOCUMENTS = {".txt": read_text, ".md": read_text, ".pdf": read_pdf}
 
 def read_documents(name, files, folder):
     """The Table of documents, named by their path in the folder: a record a file, or several where a file is long."""
-    texts = {file.relative_to(folder).as_posix(): DOCUMENTS[file.suffix.lower()](file).strip() for file in files}
+    texts = {whole_text(file.relative_to(folder).as_posix()): DOCUMENTS[kind_of_file(file)](file).strip() for file in files}
     empty = [Path(file) for file, text in texts.items() if not text]
     if empty:
         print(f"left out: {one_and_more(empty)}, without text", flush=True)
@@ -256,13 +285,16 @@ def in_smaller_parts(table):
 
 def cut(text, most):
     """The text in pieces of at most `most` characters, cut between paragraphs, else lines, sentences or words."""
-    parts = []
-    while len(text) > most:
-        ends = (text.rfind(mark, most // 2, most) + len(mark.rstrip()) for mark in ("\n\n", "\n", ". ", " "))
-        end = next((end for end in ends if end >= most // 2), most)
-        parts.append(text[:end].rstrip())
-        text = text[end:].lstrip()
-    return [*parts, text] if text else parts
+    parts, begin = [], 0
+    while begin < len(text):
+        end = len(text)
+        if end - begin > most:
+            least, limit = begin + most // 2, begin + most
+            ends = (text.rfind(mark, least, limit) + len(mark.rstrip()) for mark in ("\n\n", "\n", ". ", " "))
+            end = next((end for end in ends if end >= least), limit)
+        parts.append(text[begin:end].strip())
+        begin = end
+    return [part for part in parts if part]
 
 
 def read_saved(path, split):
@@ -296,8 +328,11 @@ def read_layout(source, split):
 
     What the hub keeps as JSON or CSV files is read here, since datasets takes what looks like a date or a number for one.
     """
-    name, _, configuration = source.partition(":")
+    name, _, configuration = source.rpartition(":")
+    if not name or Path(source).expanduser().is_dir():  # a folder's own name may hold a colon
+        name, configuration = source, ""
     folder = Path(name).expanduser()
+    title = ":".join(filter(None, (folder.name, configuration, split)))
     if folder.is_dir():
         name = str(folder)
     elif not re.fullmatch(r"[\w-]+|[\w-]+/[\w.-]+", name) or folder.suffix.lower() in TABLES | DOCUMENTS:
@@ -309,9 +344,12 @@ def read_layout(source, split):
         kind = {"json": ".json", "csv": ".csv"}.get(builder.name)
         if kind and builder.config.data_files:
             urls = next(files for key, files in builder.config.data_files.items() if str(key) == split)
+            if folder.is_dir() and not configuration:
+                used = {Path(url).name for files in builder.config.data_files.values() for url in files}
+                tell_left_out([file for file in files_of_kind(folder, TABLES) if file.name not in used], [Path(urls[0])])
             files = datasets.DownloadManager().download_and_extract(list(urls))
-            return joined(folder.name, [read_file(Path(file), kind) for file in files])
-        return typed(folder.name, datasets.load_dataset(name, configuration or None, split=split))
+            return joined(title, [read_file(Path(file), kind) for file in files])
+        return typed(title, datasets.load_dataset(name, configuration or None, split=split))
     except Exception as error:  # the loader raises many kinds, and all of them speak of the dataset that was named
         if isinstance(error, UserError):
             raise
@@ -326,7 +364,10 @@ def joined(name, tables):
 def explain_layout_error(source, name, error):
     """One sentence for a dataset of the hub, or a folder in its layout, that could not be read."""
     if isinstance(error, ValueError) and "onfig" in str(error):
-        there = datasets.get_dataset_config_names(name)
+        try:
+            there = datasets.get_dataset_config_names(name)
+        except Exception:  # the configurations themselves are wrong
+            return f"The dataset {name} has configurations that cannot be read: {reason(error)}."
         return f"The dataset {name} has several configurations: {', '.join(there)}; name one, e.g. --dataset {name}:{there[0]}."
     if Path(name).is_dir():
         return f"The folder {name} holds no dataset: {reason(error.__cause__ or error)}."

@@ -46,6 +46,7 @@ def test_a_split_of_the_dataset_may_be_what_is_held_out(tmp_path):
     corpus = read(tmp_path, validation_split="dev")
     assert [e.row["question"] for e in corpus.examples] == ["a0", "a1", "a2", "a3"]
     assert [e.row["question"] for e in corpus.held] == ["b0", "b1", "b2", "b3"]
+    assert not {e.name for e in corpus.held} & {e.name for e in corpus.examples} and corpus.held[0].name.startswith("validation/")
 
 
 @pytest.mark.parametrize(("given", "meant"), [
@@ -87,6 +88,12 @@ def test_text_that_is_held_out_and_then_added_is_no_longer_held_out(corpus, tmp_
     corpus.held += [Example("held.jsonl:3", ROWS[8])]
     grown = corpus.added(str(jsonl(tmp_path / "more.jsonl", [ROWS[8]])))
     assert [e.name for e in grown.held] == ["held.jsonl:1", "held.jsonl:2"] and len(grown.examples) == 7
+
+
+def test_where_all_that_is_held_out_is_added_it_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError) as error:
+        corpus.added(str(jsonl(tmp_path / "more.jsonl", [ROWS[6]])))
+    assert "more.jsonl is what this memory holds out to test on" in sentence(error)
 
 
 def test_what_a_memory_holds_is_not_added_again(corpus, tmp_path):

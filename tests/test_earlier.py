@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import conftest
 import numpy as np
@@ -14,12 +15,14 @@ from runs import command_line, contents, failure_of, jsonl, stop_at_call, stored
 
 import app
 import datastore
+import stages
 import train_memory_decoder as script
 from base_model import BaseLM
 from chat import Chat
 from datastore import Datastore, read_examples
 from earlier import Claim
 from memory_decoder import MemoryDecoder, read_manifest
+from sources.rows import Example
 from texts import Entries
 
 NOTES = "Quillfeather keeps the lanterns of the harbour. Every lantern that Quillfeather keeps is blue.\n"
@@ -194,7 +197,60 @@ def test_a_change_that_was_stopped_keeps_the_memory_and_goes_on(folder, notes, m
     assert read_examples(folder / "examples.jsonl")[-1].name == "notes.txt"
 
 
-BAD = [(("--forget", "nothing"), "holds nothing of the name nothing"), (("--add", "missing.txt"), "no file"),
+def test_a_changed_document_takes_the_place_of_the_one_it_was(folder, notes):
+    change(folder, "--add", notes)
+    notes.write_text(NOTES.replace("blue", "crimson") * 5 + "The end.")
+    change(folder, "--forget", "notes.txt", "--add", notes)
+    store, base = Datastore.open(folder), BaseLM.load(read_manifest(folder)["base_model"], "float32", "cpu")
+    assert store.examples[-1] == Example("notes.txt", {"text": notes.read_text().strip()}, 2)
+    new = (store.example == len(store.examples) - 1) & (store.position < 90)
+    hidden = base.hidden(torch.tensor([base.encode(store.examples[-1].row["text"])]))[0].numpy()
+    np.testing.assert_allclose(keys_of(folder)[new], hidden[store.position[new]], atol=2e-2)
+    assert not holding(folder, "is blue")
+    changed = json.loads((folder / "metrics.json").read_text())["changed"]
+    assert changed["added"]["names"] == changed["forgotten"]["names"] == "notes.txt"
+
+
+def test_several_changes_in_a_row_stand_one_behind_the_other(folder, notes, tmp_path):
+    (tmp_path / "more.md").write_text("# Anchors\n\nAnchors are heavy.")
+    change(folder, "--add", notes)
+    change(folder, "--add", tmp_path / "more.md")
+    change(folder, "--forget", "notes.txt")
+    change(folder, "--add", notes)
+    store, keys = Datastore.open(folder), keys_of(folder)
+    assert [e.name for e in store.examples[-2:]] == ["more.md", "notes.txt"] and len(keys) == len(store) == store.index.ntotal
+    D, I = store.search(keys[::50].astype(np.float32), 1)
+    assert D.max() < 1e-2 and (store.values[I[:, 0]] == store.values[::50]).mean() > 0.95
+    manifest = read_manifest(folder)
+    assert manifest["options"]["dataset"].endswith("rows.jsonl") and [s["name"] for s in manifest["sources"]] == [
+        "rows.jsonl", "notes.txt", "more.md", "notes.txt"]
+
+
+@pytest.mark.parametrize("stop", [("os", "replace", 3), ("shutil", "rmtree", 1)], ids=["files", "stages"])
+def test_a_kill_while_artefacts_are_replaced_loses_nothing_and_the_next_run_ends_it(folder, notes, stop, monkeypatch, failure):
+    change(folder, "--add", notes)
+    owner, name, number = stop
+    real, calls = getattr(getattr(stages, owner), name), []
+
+    def stopping(source, *more, **options):
+        calls.append(source)
+        if (str(source).endswith(".part") and str(folder) == str(Path(source).parent)) or name == "rmtree":
+            stopping.count += 1
+            if stopping.count == number:
+                raise KeyboardInterrupt
+        return real(source, *more, **options)
+    stopping.count = 0
+    monkeypatch.setattr(getattr(stages, owner), name, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        change(folder, "--forget", "notes.txt")
+    monkeypatch.undo()
+    assert "holds nothing of the name notes.txt" in failure(folder, "--forget", "notes.txt")  # it is forgotten already
+    assert read_manifest(folder)["sources"] and not holding(folder, "Quillfeather")
+    assert len(Datastore.open(folder).examples) == len(stored_rows(folder)) and not list(folder.glob("*.part"))
+
+
+BAD = [(("--add", "NOTES", "--dataset", "x.jsonl"), "--dataset belongs to a whole training"),
+       (("--forget", "nothing"), "holds nothing of the name nothing"), (("--add", "missing.txt"), "no file"),
        (("--forget", "rows.jsonl"), "too small"), (("--add", "NOTES", "--k", "5"), "--k 8, which cannot change"),
        (("--add", "NOTES", "--max_length", "64"), "--max_length 96"), (("--add", "ROWS"), "already; --forget it first"),
        (("--add", "NOTES", "--base_model", "OTHER"), "not the one that this memory was trained with")]

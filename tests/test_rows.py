@@ -39,7 +39,8 @@ def test_a_value_becomes_the_text_that_stands_there(value, text):
 
 @pytest.mark.parametrize(("value", "kind"), [
     ({"a": 1, "b": 2}, "objects with a, b"), ({}, "empty objects"), ([1, 2], "lists of numbers"), (TURNS, "a chat"),
-    ([{"x": "y"}], "lists of objects"), ([["a"]], "lists of lists of texts"), (b"bytes", "bytes"), ([None], "lists of"),
+    ([{"x": "y"}], "lists of objects"), ([["a"]], "lists of lists of texts"), ([[]], "lists of empty lists"),
+    (b"bytes", "bytes"), ([None], "lists of"),
     ({"text": [{"b": 1}]}, "lists of objects")])
 def test_a_value_without_plain_text_is_named_by_its_kind(value, kind):
     with pytest.raises(ValueError, match=kind):
@@ -72,7 +73,8 @@ def test_a_chat_is_read_in_every_usual_form(value):
 
 @pytest.mark.parametrize("value", [
     [{"role": "assistant", "content": None, "tool_calls": [1]}], [{"role": "user", "content": [{"type": "image"}]}],
-    [{"text": "x"}], "May I?", ["May I?"]])
+    [{"text": "x"}], "May I?", ["May I?"], [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "user", "content": [{"type": "text", "text": None}]}], [{"role": "user", "content": None}]])
 def test_a_chat_without_text_is_refused_in_words(value):
     with pytest.raises(UserError) as error:
         read([{"messages": value}], "chat {messages}")

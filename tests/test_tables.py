@@ -4,6 +4,9 @@ import csv
 import datetime
 import gzip
 import json
+import os
+import sys
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -12,7 +15,6 @@ import pytest
 from conftest import ROWS
 from matplotlib.figure import Figure
 
-from sources import tables
 from sources.rows import read_rows
 from sources.tables import ENOUGH, LEAST_PART, PART, cut, in_smaller_parts, read_table
 from support.command import UserError
@@ -154,6 +156,25 @@ def test_the_template_of_usual_columns_need_not_be_given(content, template, tmp_
         {"role": "user", "content": "May I?"}, {"role": "assistant", "content": "Yes."}])
 
 
+def test_a_chat_that_lacks_its_completion_is_left_out_or_named(tmp_path):
+    good = {"prompt": [{"role": "user", "content": "May I?"}], "completion": [{"role": "assistant", "content": "Yes."}]}
+    chats = Template.parse("chat {messages}")
+    assert len(read(jsonl(tmp_path / "a.jsonl", [good, {"prompt": None}, good]), chats)) == 2
+    with pytest.raises(UserError, match=r"messages of b.jsonl:2 holds texts, not a chat"):
+        read(jsonl(tmp_path / "b.jsonl", [good, good | {"completion": "Yes."}]), chats)
+
+
+def test_one_chat_in_a_json_file_is_one_row(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "May I?"}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    assert read(tmp_path / "chat.json", Template.parse("chat {messages}")) == [chat]
+
+
+def test_a_tab_parts_the_values_of_a_tsv_file_whatever_its_header_holds(tmp_path):
+    (tmp_path / "rows.tsv").write_text("Question (who, what, where)\tAnswer\nMay I?\tYes, you may.\n")
+    assert read_table(str(tmp_path / "rows.tsv")).columns == ["Question (who, what, where)", "Answer"]
+
+
 def test_unusual_columns_ask_for_a_template():
     with pytest.raises(UserError) as error:
         usual_template(["a", "b"])
@@ -168,7 +189,8 @@ BAD_FILES = [
     ("wide.csv", b'q,a\n1,2\n3,4,5\n', "3 values in line 3 and 2 columns"), ("twice.csv", b"q,a,q\n1,2,3\n", "two columns q"),
     ("quote.csv", b'q,a\n1,"2\n', "cannot be read"), ("latin.csv", b"q,a\n1,Stra\xdfe\n", "not UTF-8 text (at byte 10)"),
     ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-    ("deep.json", b"[" * 100_000, "cannot be read"), ("broken.jsonl.gz", gzip.compress(b"{}")[:12], "cannot be read"),
+    ("deep.json", b"[" * 100_000, "cannot be read"), ("broken.jsonl.gz", gzip.compress(b"{}")[:12], "cannot be unpacked"),
+    ("broken.txt", gzip.compress(b"{}")[:12], "cannot be unpacked"), ("comma.json", b'[{"a": 1},]', "line 1 column 11"),
     ("latin.txt", b"Stra\xdfe", "not UTF-8 text"), ("notes.docx", b"PK", "of no kind that is read"),
     ("missing.csv", None, "check the path"), ("missing.txt", None, "check the path"),
     ("nowhere/at/all", None, "check the path"), ("empty.txt", b" \n", "no row")]
@@ -200,6 +222,7 @@ def layouts(tmp_path):
                                    "  data_files:\n  - split: train\n    path: b.jsonl\n  - split: extra\n    path: c.csv\n---\n")
     for name in ("a", "b"):
         jsonl(two / f"{name}.jsonl", [{"q": f"{name}{n}", "a": "2021-03-05"} for n in range(3)])
+    write_csv(two / "c.csv", [{"q": "c", "a": "0071"}])
     jsonl(one / "test.jsonl", [{"q": f"t{n}", "a": "0071"} for n in range(3)])
     datasets.DatasetDict({name: datasets.Dataset.from_list([{"q": name, "a": "x"}]) for name in ("train", "dev")}).save_to_disk(
         tmp_path / "saved")
@@ -222,6 +245,41 @@ def test_a_split_is_named_or_those_that_are_there_are_listed(layouts):
     assert "has no split train; it has test. Name one with --split." in refusal(layouts / "only_test")
     assert "has no split test; it has train, dev." in refusal(layouts / "saved", "test")
     assert "has no splits" in refusal(jsonl(layouts / "rows.jsonl", WORDS), "train")
+    assert read_table(str(layouts / "only_test"), "test").name == "only_test:test"  # so that splits have names of their own
+    assert read_table(f"{layouts}/two configs:torts").name == "two configs:torts"
+    assert read(layouts / "two configs:torts", QA) == [{"q": f"b{n}", "a": "2021-03-05"} for n in range(3)]
+
+
+def test_configurations_that_are_wrong_themselves_are_one_sentence(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files: a.jsonl\n---\n")
+    jsonl(tmp_path / "a.jsonl", WORDS)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_a_folders_own_name_may_hold_a_colon(tmp_path):
+    write_layout(tmp_path / "a:b", WORDS)
+    assert read(tmp_path / "a:b", QA) == WORDS
+
+
+def test_tables_of_another_kind_in_a_folder_are_named_as_left_out(tmp_path, capsys):
+    write_layout(tmp_path / "data", WORDS)
+    write_csv(tmp_path / "data/more.csv", WORDS[:2])
+    assert len(read(tmp_path / "data", QA)) in (2, len(WORDS)) and "left out: " in capsys.readouterr().out
+
+
+def test_a_readme_beside_packed_data_is_no_document(tmp_path):
+    (tmp_path / "README.md").write_text("# About the data")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, WORDS)).encode()))
+    assert read(tmp_path, QA) == WORDS
+
+
+def test_a_readme_alone_is_a_document_and_json_files_beside_notes_are_left_out(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# About")
+    assert read_table(str(tmp_path)).names == ["README.md"]
+    (tmp_path / "a.md").write_text("words"), (tmp_path / "package.json").write_text("{}")
+    assert read_table(str(tmp_path)).names == ["README.md", "a.md"]
+    assert "left out: package.json, beside README.md and 1 more" in capsys.readouterr().out
+    assert "has no splits" in refusal(tmp_path, "train")
 
 
 def test_a_folder_without_anything_to_read_is_refused(tmp_path):
@@ -254,6 +312,12 @@ def test_documents_beside_tables_are_left_out_and_named(tmp_path, capsys):
     (tmp_path / "data/notes.txt").write_text("words"), (tmp_path / "data/README.md").write_text("# about")
     assert read(tmp_path / "data", QA) == WORDS
     assert capsys.readouterr().out == "left out: notes.txt, beside train.jsonl\n"
+
+
+def test_a_packed_document_and_a_name_that_is_no_text_are_read(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"words"))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("more words")
+    assert read_table(str(tmp_path)).names == ["a.txt.gz", "caf\ufffd.txt"]
 
 
 def test_documents_without_text_are_left_out_and_named(tmp_path, capsys):
@@ -307,5 +371,5 @@ def test_a_pdf_file_is_read_by_datasets_own_reader_or_asks_for_what_that_needs(t
 
 def test_a_pdf_file_without_its_reader_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
     write_pdf(tmp_path / "lease.pdf")
-    monkeypatch.setitem(tables.sys.modules, "pdfplumber", None)
+    monkeypatch.setitem(sys.modules, "pdfplumber", None)
     assert "pip install pdfplumber" in refusal(tmp_path / "lease.pdf")
