@@ -50,7 +50,7 @@ class Corpus:
     def fitting(self, base):
         """The same Corpus with plain words for its last source where the base model has no chat template for a question's."""
         template = Template.parse(self.sources[-1]["template"])
-        if base.tokenizer.chat_template or template.whole_chats or not template.pattern.startswith("chat ") :
+        if base.tokenizer.chat_template or template.whole_chats or not template.pattern.startswith("chat "):
             return self
         question, answer = template.fields
         plain = f"Question: {{{question}}}\nAnswer: {{{answer}}}"
