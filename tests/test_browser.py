@@ -338,3 +338,18 @@ def test_on_a_phone_the_answer_comes_first_and_the_settings_are_folded(visit):
     ask(page)
     assert page.locator("#tokens").bounding_box()["y"] < page.locator("#settings").bounding_box()["y"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_plots_about_a_memory_show_their_legends_and_its_sources_are_named(visit):
+    page = visit()
+    page.get_by_role("tab", name="About this memory").click()
+    page.locator("#about .role-legend-label").first.wait_for(state="attached")
+    page.wait_for_timeout(500)
+    shown = page.evaluate("""[...document.querySelectorAll('#about .role-legend-label text')].map(label => {
+        const block = label.closest('.block'), below = block.nextElementSibling?.getBoundingClientRect().top ?? Infinity;
+        const bottom = label.getBoundingClientRect().bottom;
+        return [label.textContent, bottom <= below && (bottom <= block.getBoundingClientRect().bottom ||
+                                                       getComputedStyle(block).overflow == 'visible')];
+    })""")
+    assert sorted(shown) == sorted([name, True] for name in ("logits", "probabilities", "loss", "KL", "cross-entropy"))
+    assert "rows.jsonl" in page.locator("#about").inner_text()

@@ -121,11 +121,11 @@ class Page:
             sweep = metrics["alpha_sweep"]
             gr.LinePlot(pd.DataFrame([(a, p, rule) for rule in RULES for a, p in zip(sweep["alpha"], sweep[rule], strict=True)],
                                      columns=["alpha", "perplexity", "rule"]),
-                        x="alpha", y="perplexity", color="rule", height=400, label="Held-out perplexity over alpha")
+                        x="alpha", y="perplexity", color="rule", height=340, label="Held-out perplexity over alpha")
             gr.LinePlot(pd.DataFrame([(step, value, name) for step, *values in metrics.get("losses", [])
                                       for name, value in zip(("loss", "KL", "cross-entropy"), values, strict=True)],
                                      columns=["step", "nats a token", "loss"]),
-                        x="step", y="nats a token", color="loss", height=400, label="Training loss")
+                        x="step", y="nats a token", color="loss", height=340, label="Training loss")
 
     def build_controls(self):
         options, chat, chosen, search = self.options, self.chat, self.chat.chosen, self.chat.search_defaults

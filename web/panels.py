@@ -5,7 +5,6 @@ Every text of a user, a model or a dataset goes through html.escape.
 
 import html
 import math
-from pathlib import Path
 
 from chat import VOICES
 from generation import AUTO, KNN
@@ -60,6 +59,8 @@ CSS = """
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .passage mark { background: rgb(234 120 20 / 30%); color: inherit; border-radius: 3px; padding: 0 2px; font-weight: 600; }
 .passage small { color: color-mix(in srgb, var(--body-text-color) 75%, transparent); display: block; }
+/* A plot with a label is taller than Gradio thinks, and its legend would be cut off. */
+#about .block:has(.vega-embed) { overflow: visible !important; margin-bottom: 2.5em; }
 .voices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17em), 1fr)); gap: 1em; }
 .voice { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .7em .9em; }
 .about table { border-collapse: collapse; margin: .5em 0 1em; }
@@ -207,9 +208,10 @@ def voices(answers, colouring="effect"):
 
 def about(chat):
     """The memory in figures, from its artefacts."""
-    metrics, options = chat.metrics, chat.manifest.get("options", {})
+    metrics = chat.metrics
     held = metrics["held_out"]
-    known = [("base model", chat.model.base.name), ("dataset", Path(options.get("dataset", "")).name),
+    sources = [source["name"] for source in chat.manifest.get("sources", [])]
+    known = [("base model", chat.model.base.name), ("sources", ", ".join(dict.fromkeys(sources))),
              ("texts", f"{len(chat.store.examples):,}"), ("entries", f"{len(chat.store):,}"),
              ("tokens seen", f"{len(chat.model.decoder.seen):,} of {chat.model.base.vocabulary:,}"),
              ("index", f"{metrics['index']}, finds {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),
