@@ -49,7 +49,7 @@ class Options:
     ask: str | None = option(None, "write the answer to this question to standard output, and open no page")
     server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network")
     server_port: WholeNumber | None = option(None, "port; default: the first free one from 7860")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(EVERY_RULE))
     alpha: float | None = option(None, "where the page's alpha slider starts; default: what training chose for the rule")
     temperature: float = option(0.7, "where its temperature slider starts")

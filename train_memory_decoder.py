@@ -97,7 +97,7 @@ class Options:
     add: str | None = option(None, "file, folder or dataset that the memory in --output_dir shall learn as well")
     forget: str | None = option(None, "document, table, or row (table:number) that the memory in --output_dir shall forget")
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"])
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     seed: int = option(0, "seed of weights, order and the held-out share")
     demo: bool = option(False, "train on the embedded model and data: no network, no account")
     original: bool = option(False, "the original demo's recipe as defaults: lr 1e-4, context 1, post-norm, random head, "
