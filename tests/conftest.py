@@ -136,7 +136,8 @@ def address(trained, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "app.py", "--model_dir", str(trained), "--server_port", str(port), "--device", "cpu"]
-    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process:
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # several threads round differently from call to call
+    with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, env=alone, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
             wait_for(process, f"http://127.0.0.1:{port}/", log)
             yield f"http://127.0.0.1:{port}/"
