@@ -57,9 +57,8 @@ DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), 
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 CHECKPOINT_SECONDS = 120
-# Added text is learned at half the rate and with four windows of the old text beside each of its own. On the demo's model, 120
-# old and 10 new rows, the memory then names 98.5% of the old tokens (98.7% before) and 99.3% of the new; with one window beside
-# and the whole rate, 88.0% of the old.
+# Added text is learned at half the rate, and with four windows of the old text beside each of its own: at the whole rate, with
+# one beside, a small memory unlearns much of what it knew.
 REPLAYED, GROWING_RATE = 4, 0.5
 
 
