@@ -21,11 +21,11 @@ from train_memory_decoder import epoch_batches
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
-    """(a copy of the base fitted to the windows' tokens for so many seconds, steps, whole passes); the rate falls to 0 on a cosine.
+def tune(base, windows, seconds, lr, lora, seed=0, batch_size=4):
+    """Fit a copy of the base to the windows' tokens for so many seconds; the learning rate falls to 0 on a cosine.
 
-    lora: adapters of rank 16 on every linear layer, else all weights. AdamW on float32 weights, bfloat16 products where the
-    memory's training would use them.
+    lora: train adapters of rank 16 on every linear layer, else all weights. AdamW on float32 weights, with bfloat16 products
+    where the memory's training would use them. Returns (the model, trained parameters, steps, whole passes).
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base.model).float().requires_grad_(not lora)
@@ -40,7 +40,8 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=8):
             share = (time.monotonic() - began) / seconds
             if share >= 1:
                 model = model.merge_and_unload() if lora else model
-                return BaseLM(model.to(base.head.weight.dtype), base.tokenizer, base.name), steps, epoch
+                model = BaseLM(model.to(base.head.weight.dtype).eval(), base.tokenizer, base.name)
+                return model, sum(p.numel() for p in parameters), steps, epoch
             optimizer.param_groups[0]["lr"] = lr * min(1, steps / 10) * (1 + np.cos(np.pi * share)) / 2
             batch = [windows[b] for b in numbers]
             ids = pad_sequence([torch.tensor(w.ids) for w in batch], batch_first=True).to(base.device)
