@@ -254,7 +254,8 @@ def test_a_bad_request_for_one_place_is_answered_in_words(client, endpoint, chan
 
 @pytest.fixture
 def snippets():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    pages = (ROOT / "README.md", ROOT / "docs/page.md")
+    return [code for page in pages for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)]
 
 
 def test_the_readmes_call_of_the_page_works(address, snippets):
@@ -265,7 +266,7 @@ def test_the_readmes_call_of_the_page_works(address, snippets):
     assert given["text"] and "".join(entry["token"] for entry in given["logprobs"]["content"]) == given["text"]
 
 
-def test_the_readmes_way_without_a_page_gives_the_same_answer(address, snippets, trained, capsys):
+def test_the_documented_way_without_a_page_gives_the_same_answer(address, snippets, trained, capsys):
     (calling,) = (code for code in snippets if "gradio_client" in code)
     (code,) = (code for code in snippets if "gradio_client" not in code)
     assert code.count("--demo") == 1 and len(code.strip().splitlines()) <= 8
