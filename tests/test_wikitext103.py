@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import sys
 
 import datasets
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, ROWS, make_decoder, make_tiny_gemma
 from runs import failure_of
 
+import train_memory_decoder
 from sources.tables import Table
 from support.command import UserError
 
@@ -151,3 +153,10 @@ def test_what_cannot_work_is_one_sentence(tiny_gemma, text, arguments, said, mon
 def test_a_memory_of_another_base_is_refused(trained, text, tmp_path, monkeypatch, capsys):
     given = ["--base_model", make_tiny_gemma(tmp_path / "other", seed=1), "--model_dir", trained, "--test", text, *SIZES]
     assert "This memory was trained with" in failure_of(script.main, "wikitext103.py", given, monkeypatch, capsys)
+
+
+def test_the_training_that_it_names_is_one_that_script_1_takes():
+    line = script.__doc__.split("python train_memory_decoder.py ")[1].split("\n\n")[0]
+    options = train_memory_decoder.parse_options(shlex.split(line))
+    options.check()
+    assert (options.base_model, options.dataset, options.max_length) == ("gpt2", "train.txt", 1024)
