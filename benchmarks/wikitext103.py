@@ -10,10 +10,10 @@ That memory comes from the text of the train split. The first command writes it,
     python train_memory_decoder.py --base_model gpt2 --dataset train.txt --validation_dataset validation.txt \
         --max_examples 2000 --max_length 1024 --batch_size 4 --output_dir wikitext_memory
 
-Script 1 cuts a text into parts of at most 4,000 characters, here about 780 tokens, between
-<|endoftext|> and <|endoftext|>. 2,000 parts are 1.6 M entries and 2.4 GB of keys. All 150,000 would be 117 M entries, 180 GB of
-keys and 30 GB of neighbours. --dataset Salesforce/wikitext:wikitext-103-raw-v1 also works, but makes an example of each line: no
-state has more context than its paragraph, and no newline is learned.
+Script 1 cuts a text into parts of at most 4,000 characters, here about 780 tokens, and reads each from <|endoftext|> to
+<|endoftext|>. 2,000 parts are 1.6 M entries and 2.4 GB of keys. All 150,000 would be 117 M entries, 180 GB of keys and 30 GB of
+neighbours. --dataset Salesforce/wikitext:wikitext-103-raw-v1 also works, but makes an example of each line: no state has more
+context than its paragraph, and no newline is learned.
 
 The protocol is the code's: github.com/LUMIA-Group/MemoryDecoder at 1aad746, utils/preprocess_dataset.py and evaluate_joint.py.
 What differs from the paper is the memory. It sees a share of the text, 32 neighbours instead of 1,024, and keys of gpt2 itself
