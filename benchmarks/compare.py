@@ -33,7 +33,7 @@ from texts import encode_row, entries_of, make_windows, windows_of_sources
 
 SETTINGS = {"max_examples": 250, "max_length": 512, "batch_size": 4, "context": 16}
 HELD_ROWS = 40  # of the validation rows: half choose, half report
-CHARACTERS = 60_000  # of the text from elsewhere
+CHARACTERS = 30_000  # of the text from elsewhere
 
 
 class Part:
@@ -49,9 +49,9 @@ class Part:
 class Bench:
     """One trained memory and the texts on which it and its rivals are measured."""
 
-    def __init__(self, given, elsewhere):
-        """given: the options of script 1, as words; elsewhere: the file of the other text."""
-        self.given, options = given, script.parse_options(given)
+    def __init__(self, given, elsewhere, work):
+        """given: the options of script 1, as words; elsewhere: the file of the other text; work: where tuned models are kept."""
+        self.given, self.work, options = given, work, script.parse_options(given)
         script.run(options)
         self.options, self.folder = options, Path(options.output_dir)
         self.manifest, self.metrics = read_manifest(self.folder), json.loads((self.folder / "metrics.json").read_text())
@@ -110,7 +110,7 @@ def measure(given, work, seed, elsewhere, wanted):
     results = json.loads(file.read_text()) if file.exists() else {}
     missing = [name for name in wanted if name not in results]
     if missing:
-        bench = Bench(given, elsewhere)
+        bench = Bench(given, elsewhere, work)
         results["setting"] = bench.setting()
     for name in missing:
         began = time.monotonic()

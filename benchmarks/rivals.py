@@ -95,7 +95,7 @@ def tuned_rows(bench, name):
     model, trained, steps, passes = tuned.tune(bench.base, bench.learned, seconds, LEARNING_RATES[name], name == "LoRA",
                                                bench.options.seed)
     if name == "LoRA":  # benchmarks/answers.py asks it
-        model.model.save_pretrained(bench.folder / "lora"), bench.base.tokenizer.save_pretrained(bench.folder / "lora")
+        model.model.save_pretrained(bench.work / "lora"), bench.base.tokenizer.save_pretrained(bench.work / "lora")
     scores = [tuned.score_pair(bench.base, model, windows, bench.options.batch_size)
               for windows in (bench.held.windows, bench.other.windows, bench.own)]
     evidence = [evaluation.evidence_before(part) for part in scores]
