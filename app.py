@@ -29,14 +29,14 @@ from support.command import UserError, fail, one_line, option
 
 HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
-# earlier answer in front of the next question only leads it astray.
+# earlier answer in front of the next question only misleads it.
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": AUTO, "temperature": 0.2, "max_turns": 0, "no_repeat": 8}
-GRADIOS_HOST = "127.0.0.1"  # gradio wants a port to be free here, wherever it is to listen
+GRADIOS_HOST = "127.0.0.1"  # gradio needs its port to be free here too, wherever it listens
 PORT_IN_USE = "Port {} is in use; name another with --server_port."
 
 
 class WholeNumber(int):
-    """A flag's whole number, also as 3.0."""
+    """A whole number on the command line. It may be written as 3.0."""
 
     def __new__(cls, text):
         return whole_number(text)
@@ -52,14 +52,14 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(EVERY_RULE))
     alpha: float | None = option(None, "where the page's alpha slider starts; default: what training chose for the rule")
-    temperature: float = option(0.7, "where its temperature slider starts")
-    seed: WholeNumber | None = option(None, "what its seed field starts with; default: every answer is drawn anew")
-    max_turns: WholeNumber = option(100, "earlier turns of the chat that an answer reads, as far as they fit; 0 answers each alone")
-    no_repeat: WholeNumber = option(0, "where its slider starts that forbids runs of so many tokens to come twice; 0 allows all")
+    temperature: float = option(0.7, "where the page's temperature slider starts")
+    seed: WholeNumber | None = option(None, "what the page's seed field starts with; default: a new draw every time")
+    max_turns: WholeNumber = option(100, "earlier turns of the chat that an answer reads, as many as fit; 0: the question alone")
+    no_repeat: WholeNumber = option(0, "where the page's slider starts for the length of runs that may not come twice; 0: any may")
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
     def __post_init__(self):
-        self.model_dir = os.path.expanduser(self.model_dir)  # a shell leaves --model_dir=~/memory as it is
+        self.model_dir = os.path.expanduser(self.model_dir)  # a shell does not expand the ~ of --model_dir=~/memory
         self.base_model = self.base_model and os.path.expanduser(self.base_model)
 
     def check(self):
@@ -77,7 +77,7 @@ def parse_options(arguments=None):
 
 
 def ask(chat, options):
-    """Write an answer to standard output as it comes."""
+    """Write an answer to standard output, token by token."""
     alpha = chat.chosen_alpha(options.rule) if options.alpha is None else options.alpha
     answer = chat.begin(options.ask, rule=options.rule, alpha=alpha, temperature=options.temperature, no_repeat=options.no_repeat,
                         seed=options.seed)
@@ -87,14 +87,14 @@ def ask(chat, options):
 
 
 def training_command(options):
-    """The command that makes what is missing."""
+    """The command that trains the missing memory."""
     usual = DEMO["model_dir"] if options.demo else Options.model_dir
     line = "python train_memory_decoder.py" + (" --demo" if options.demo else "")
     return line + ("" if options.model_dir == usual else f" --output_dir {shlex.quote(options.model_dir)}")
 
 
 def host_of(name):
-    """The numeric address that a server name stands for, IPv4 before IPv6; raises OSError or UnicodeError if there is none."""
+    """The numeric address of a server name, IPv4 before IPv6. Raises OSError or UnicodeError if there is none."""
     name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return min(found, key=lambda info: info[0] == socket.AF_INET6)[4][0]
@@ -105,13 +105,13 @@ def bind(host, port):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # as the server does; else a port in use on IPv4 would count
+        if family == socket.AF_INET6:  # as the server does; otherwise a port in use on IPv4 would count
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         probe.bind((host, port))
 
 
 def check_address(options):
-    """Raise UserError if the page cannot listen where it is told to."""
+    """Raise UserError if the page cannot listen at the address of the options."""
     port = options.server_port
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"--server_port must be from 1 to 65535, not {port}.")
@@ -127,7 +127,7 @@ def check_address(options):
 
 
 def free_port(host):
-    """The first port that is free at a host; raises UserError if there is none."""
+    """The first port that is free at a host. Raises UserError if there is none."""
     from gradio.http_server import INITIAL_PORT_VALUE, TRY_NUM_PORTS
 
     for port in range(INITIAL_PORT_VALUE, min(INITIAL_PORT_VALUE + TRY_NUM_PORTS, 65536)):
@@ -142,12 +142,12 @@ def serve(options, manifest):
     """Open the page and wait."""
     check_address(options)
     chat = Chat.open(options, manifest) if manifest else None
-    # Gradio asks its own page whether it is there. No proxy may come between, not even one that httpx cannot speak with.
-    # The base model may have come through it, so this comes behind.
+    # Gradio requests its own page to see that it is up. No proxy may come between, not even one that httpx does not support.
+    # This comes after the base model is loaded, which may need the proxy.
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = os.environ.get(name, "") + ",*"
-    os.environ["GRADIO_SERVER_NAME"] = GRADIOS_HOST  # which is all that gradio reads it for
-    from web import page  # gradio takes seconds to import, which an answer in the terminal need not wait for
+    os.environ["GRADIO_SERVER_NAME"] = GRADIOS_HOST  # gradio reads it for nothing else
+    from web import page  # here, since gradio takes seconds to import and an answer in the terminal does not need it
 
     host = host_of(options.server_name)
     port = options.server_port or free_port(host)
@@ -179,7 +179,7 @@ def main():
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # what reads the answer has seen enough; Python would speak of it again at its end
+    except BrokenPipeError:  # the reader closed the pipe; without this, Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

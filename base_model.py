@@ -28,7 +28,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memo
 
 
 class Literal(str):
-    """A template's own words. Names of special tokens in them are special tokens; in plain strings they are letters."""
+    """A template's own words. A special token's name in them is that token. In a plain string it is only letters."""
 
 
 class BaseLM:
@@ -57,8 +57,8 @@ class BaseLM:
     def load(cls, name, dtype="auto", device="auto"):
         """Load from the hub, a folder, a .gguf file or, for DEMO_MODEL, the installed package.
 
-        dtype auto is bfloat16 where the processor multiplies it faster than float32, and float32 on other
-        CPUs where it fits in memory. Raises UserError for whatever cannot be loaded.
+        dtype auto is bfloat16 where the device multiplies it faster than float32. On other CPUs it is float32,
+        if that fits in memory. Raises UserError for a model that cannot be loaded.
         """
         device = pick_device(device)
         path = demo_model_file() if str(name) == DEMO_MODEL else name
@@ -68,7 +68,7 @@ class BaseLM:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, trust_remote_code=False)
-        except Exception as error:  # the loader raises many kinds, and all of them speak of the model that was named
+        except Exception as error:  # the loader raises many kinds of error, all about the named model
             raise UserError(explain_load_error(name, error)) from None
         has_no_words = set(tokenizer.get_vocab()) <= special_tokens(tokenizer)
         if sentence := explain_loaded(name, model, report["missing_keys"], has_no_words):
@@ -83,7 +83,7 @@ class BaseLM:
 
     @property
     def fingerprint(self):
-        """A checksum of the vocabulary and a sample of every weight, the same for float32 and bfloat16."""
+        """A checksum of the vocabulary and of a sample of every weight. It is the same in float32 and bfloat16."""
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             flat = weight.detach().flatten()
@@ -93,10 +93,10 @@ class BaseLM:
         return digest.hexdigest()[:16]
 
     def encode(self, text):
-        """Token ids of a text, with BOS in front unless it begins with it.
+        """Token ids of a text. BOS is put in front, unless the text begins with it.
 
-        text: a string, or a list of strings and Literals that stand one behind the other. Only a Literal's
-        special tokens are taken as such. Plain text between two of them is tokenized in one piece.
+        text: a string, or a list of strings and Literals that are joined. Special tokens are recognised in
+        Literals only. The text between two special tokens is tokenized in one piece.
         """
         ids, plain = [], ""
         for part in [text] if isinstance(text, str) else text:
@@ -115,7 +115,7 @@ class BaseLM:
 
     @torch.no_grad()
     def hidden(self, ids, cache=None):
-        """Hidden states after the final norm (B, T, H) of ids (B, T), whose padding, if any, is on the right."""
+        """Hidden states after the final norm (B, T, H) of ids (B, T). Padding must be on the right."""
         out = self.decoder(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
         return out.last_hidden_state
 
@@ -131,7 +131,7 @@ class BaseLM:
 
     @torch.no_grad()
     def _check_logits(self):
-        # Some architectures scale their logits after the head; better to refuse than to blend wrong ones.
+        # Some architectures scale their logits after the head. They are refused, since their blend would be wrong.
         ids = torch.tensor([[self.bos, self.bos]], device=self.device)
         expected = self.model(ids, use_cache=False).logits.float()
         if not torch.allclose(self.logits(self.hidden(ids)), expected, atol=1e-2, rtol=1e-2):
@@ -157,13 +157,13 @@ class BaseLM:
 
 
 def special_tokens(tokenizer):
-    """The texts of all special tokens: those with a role, and those that the vocabulary only marks as special."""
+    """The texts of all special tokens: those with a role, and those that are only marked as special."""
     marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return marked | set(filter(None, tokenizer.all_special_tokens))
 
 
 def end_tokens(model, tokenizer):
-    """The ids after which a text is over, as a set: those of tokenizer, configurations and the chat template's end of turn."""
+    """The set of ids that end a text: from the tokenizer, the configurations and the chat template's end of turn."""
     ends = set()
     for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None),
                 getattr(model.config.get_text_config(), "eos_token_id", None)):
@@ -172,7 +172,7 @@ def end_tokens(model, tokenizer):
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\u2e2e"}]
         try:
             behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\u2e2e")[2].strip()
-        except Exception:  # a template is a program; one that fails here is spoken of when it is asked for
+        except Exception:  # a template is a program; if it fails, the error is reported where the template is used
             behind = ""
         ends.update(tokenizer.convert_tokens_to_ids(mark) for mark in special_tokens(tokenizer) if behind.startswith(mark))
     return {int(i) for i in ends if i is not None and 0 <= i < model.get_output_embeddings().weight.shape[0]}
@@ -194,8 +194,8 @@ def file_checksum(path):
 
 
 def demo_model_file():
-    """The path of the embedded default's GGUF file; raises UserError when its package is missing or another version."""
-    found = importlib.util.find_spec(DEMO_PACKAGE)  # found and not imported: importing it asks for packages we do not need
+    """The path of the embedded default's GGUF file. Raises UserError if its package is missing or of another version."""
+    found = importlib.util.find_spec(DEMO_PACKAGE)  # located, not imported: the import would need more packages
     path = Path(found.submodule_search_locations[0]) / DEMO_FILE if found else None
     if path is None or not path.exists():
         raise UserError(f"The demo's base model {DEMO_MODEL} is not installed; run `{INSTALL_DEMO}`.")
@@ -205,11 +205,11 @@ def demo_model_file():
 
 
 def converted(path):
-    """A folder with the model of a GGUF file in the form that opens quickly, made once in the user's cache.
+    """A folder in the user's cache with the model of a GGUF file, unpacked once so that it opens quickly.
 
-    The weights are unpacked to bfloat16. Raises UserError for a file that transformers cannot read.
+    The weights are in bfloat16. Raises UserError for a file that transformers cannot read.
     """
-    if not os.path.isfile(path):  # unlike Path's own, it raises nothing for a name that cannot be looked up
+    if not os.path.isfile(path):  # Path.is_file can raise for a name that cannot be looked up; this does not
         raise UserError(f"There is no file {path}; check --base_model.")
     try:
         folder = CACHE / f"{path.stem}-{file_checksum(path)[:16]}"
@@ -243,7 +243,7 @@ def converted(path):
 
 
 def with_own_pre_tokenizer(tokenizer, path):
-    """The tokenizer with the splitting rule that its GGUF file names, where transformers' table lacks it."""
+    """The tokenizer with the pre-tokenizer that its GGUF file names, if transformers does not know that name."""
     from gguf import GGUFReader
     rule = GGUFReader(path).get_field("tokenizer.ggml.pre")
     if rule and rule.contents() == "smollm":

@@ -1,4 +1,4 @@
-"""The chat behind page, API and terminal: answers that are written token by token, and what can be asked about each token.
+"""The chat behind page, API and terminal. It writes answers token by token and explains each token.
 
 An Answer is kept as a record: plain data, the same on the page, in the exported file and after a reload.
 """
@@ -27,14 +27,14 @@ EVERY_RULE = (*RULES, AUTO, KNN)
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
           "no_repeat": (0, 50), "knn_k": (1, 256), "knn_temperature": (1e-3, 1e6)}
 SEEDS = 2**31
-SNIPPET = 40  # tokens of a passage before the remembered one
+SNIPPET = 40  # tokens of a passage before the entry's own
 END = "(end)"
 VOICES = ("base alone", "blend", "memory alone")
 
 
 @dataclass
 class Answer:
-    """An answer while it is written: what it was asked with, and its tokens so far as plain data."""
+    """An answer while it is written: its question and settings, and its tokens so far as plain data."""
 
     question: str
     turns: list  # earlier (message, answer) pairs that it reads
@@ -53,7 +53,7 @@ class Answer:
 
     @property
     def changed(self):
-        """Share of the tokens just written at which the memory put another candidate first than the base has."""
+        """Share of the tokens just written at which the blend's best candidate is not the base's."""
         new = self.tokens[self.kept:]
         return sum(map(is_changed, new)) / max(1, len(new))
 
@@ -70,13 +70,13 @@ class Answer:
 
     @classmethod
     def of_record(cls, record, turns=()):
-        """The Answer of a record; turns: those that stood before it."""
+        """The Answer of a record. turns: the earlier ones."""
         settings = Settings(**{f.name: record[f.name] for f in dataclasses.fields(Settings)})
         return cls(record["question"], list(turns), settings, record["max_new_tokens"], record["seed"], record["k"],
                    record["kept"], record["tokens"], {}, record["seconds"])
 
     def going_on(self, number, fresh):
-        """A fresh Answer to the same question, after this one's turns and beginning with its first `number` tokens."""
+        """The Answer `fresh` to the same question, with this one's turns and its first `number` tokens."""
         if number >= fresh.max_new_tokens:
             raise UserError(f"The answer has {number} tokens before this one already; raise max new tokens.")
         return dataclasses.replace(fresh, turns=self.turns, kept=number, tokens=self.tokens[:number])
@@ -86,13 +86,13 @@ class Chat:
     """A model with its datastore: writes Answers and explains their tokens."""
 
     def __init__(self, model, store, templates, chosen, max_turns=100, metrics=None, manifest=None):
-        """templates: of the examples' sources; questions are asked in the form of the first."""
+        """templates: one for each source of examples. Questions are asked in the form of the first."""
         self.model, self.store, self.templates, self.template, self.chosen = model, store, templates, templates[0].asked, chosen
         self.max_turns, self.metrics, self.manifest = max_turns, metrics or {}, manifest or {}
 
     @classmethod
     def open(cls, options, manifest):
-        """Load everything the manifest names; raises UserError if the base model is not the one trained with."""
+        """Load everything the manifest names. Raises UserError if the base model is not the one used in training."""
         base = BaseLM.load(options.base_model or manifest["base_model"], manifest["dtype"], options.device)
         if base.fingerprint != manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
@@ -105,19 +105,19 @@ class Chat:
         return cls(model, store, templates, chosen, options.max_turns, metrics, manifest)
 
     def chosen_alpha(self, rule):
-        """The alpha that training chose for a rule, or for the mixture of probabilities that the rule is a case of."""
+        """The alpha that training chose for a rule. For auto and kNN-LM it is that of probabilities."""
         return self.chosen[f"alpha_{rule if rule in RULES else RULES[1]}"]
 
     @property
     def search_defaults(self):
-        """Neighbours and temperature of the rule kNN-LM as they were in training, or as near as the controls go."""
+        """Neighbours and temperature of the rule kNN-LM from training, limited to the ranges of the controls."""
         found = {"knn_k": self.metrics.get("k", 32), "knn_temperature": self.chosen["knn_temperature"]}
         return {name: min(max(value, RANGES[name][0]), RANGES[name][1]) for name, value in found.items()}
 
     def begin(self, message, turns=(), max_new_tokens=256, k=8, seed=None, **values):
-        """An Answer with no token yet; values: fields of Settings. Raises UserError for what no control of the page gives.
+        """An Answer with no token yet. values: fields of Settings. Raises UserError for values that the page cannot give.
 
-        seed: the same whole number and settings give the same answer; None or "" draws one.
+        seed: the same whole number and settings give the same answer. None or "" draws a seed.
         """
         if not isinstance(message, str) or not message.strip():
             raise UserError("Type a question first.")
@@ -133,7 +133,7 @@ class Chat:
                       random.randrange(SEEDS) if seed is None else seed, k)
 
     def write(self, answer, first=None):
-        """Yield the answer after each token that is added to it; first: the id of the first one, if it is not to be drawn."""
+        """Yield the answer after each token that is added to it. first: the id of the first one, if it is not to be sampled."""
         prompt = self.prompt(answer.question, answer.turns, answer.max_new_tokens)
         kept = [token["id"] for token in answer.tokens]
         for step in self.model.stream(prompt, answer.settings, answer.max_new_tokens, answer.seed, kept, first):
@@ -143,7 +143,7 @@ class Chat:
             yield answer
 
     def questions(self):
-        """What may be asked about the memory's examples, each question once."""
+        """The questions of the memory's examples, each once."""
         return list(dict.fromkeys(self.templates[example.source].question(example) for example in self.store.examples))
 
     def token(self, step):
@@ -155,7 +155,7 @@ class Chat:
                 "candidates": candidates}
 
     def show(self, token):
-        """The text of one token; pieces of a character as their bytes, e.g. <F0 9F>, special tokens by their names."""
+        """The text of one token. Pieces of a character are shown as bytes, e.g. <F0 9F>, special tokens by their names."""
         if token in self.model.ends:
             return END
         text = token_bytes(self.model.base.tokenizer, token).decode("utf-8", "surrogateescape")
@@ -170,7 +170,7 @@ class Chat:
         return self.template.prompt(message, turns)
 
     def trace(self, answer):
-        """Note the k nearest entries of every new token: pairs of squared distance and entry."""
+        """Add to every new token its k nearest entries, as pairs of squared distance and entry."""
         if answer.states:
             numbers = list(answer.states)
             states = torch.stack([answer.states[number] for number in numbers]).numpy()
@@ -180,9 +180,9 @@ class Chat:
         return answer
 
     def passages(self, neighbours):
-        """What stands behind pairs of squared distance and entry: for each its passage as plain data, the nearest first.
+        """The passages of pairs of squared distance and entry, as plain data, the nearest first.
 
-        before, token, after: the passage, the token being the one that the entry remembers. weight: of the kNN distribution.
+        before, token, after: the passage; token is the entry's value. weight: in the kNN distribution.
         """
         D = np.array([[distance for distance, _ in neighbours]], np.float32)
         weights = knn_weights(D, self.chosen["knn_temperature"])[0] if neighbours else []
@@ -190,12 +190,12 @@ class Chat:
                 for (distance, entry), weight in zip(neighbours, weights, strict=True)]
 
     def passage(self, entry):
-        """One entry as plain data: its example's name and title, the token that it remembers, and the text around it."""
+        """One entry as plain data: its example's name and title, its token, and the text around it."""
         base, number, here = self.model.base, int(self.store.example[entry]), int(self.store.position[entry]) + 1
         example = self.store.examples[number]
         template = self.templates[example.source]
         ids = encode_row(base, template, example.row)
-        # The title is the question's, so what stands in the answer is shown from its beginning at most.
+        # The title is the question's, so a passage in the answer begins with the answer at the earliest.
         answer = shared_prefix(base.encode(template.begun(example.row)), ids)
         first = answer if here >= answer else self.model.skipped(ids)
         start = max(first, here - SNIPPET)
@@ -217,9 +217,9 @@ class Chat:
             yield answers
 
     def explore(self, question, text):
-        """How probable an answer is over alpha, under both rules and the gate, as perplexities a token.
+        """The perplexity of an answer at every alpha under both rules, and under the gate.
 
-        Returns alpha (A,), logits (A,), probabilities (A,), auto, mean_auto_alpha and tokens, the number of the answer's.
+        Returns a dict: alpha (A,), logits (A,), probabilities (A,), auto, mean_auto_alpha, and tokens (the answer's length).
         """
         base, model = self.model.base, self.model
         if not all(isinstance(given, str) and given.strip() for given in (question, text)):
@@ -240,14 +240,14 @@ class Chat:
 
 
 def is_changed(token):
-    """Whether the memory put another candidate first than the base has; noted where the candidates were not kept."""
+    """Whether the blend's best candidate is not the base's. A token without candidates has this recorded."""
     if "candidates" not in token:
         return token["changed"]
     return max(token["candidates"], key=lambda c: c["base"])["id"] != token["candidates"][0]["id"]
 
 
 def logprobs(tokens):
-    """Tokens in the shape in which language model APIs give log probabilities, those of base and memory beside the blend's."""
+    """The tokens' log probabilities in the usual shape of language model APIs, with base and memory beside the blend."""
     def entry(text, chances):
         logs = {name: float(np.log(max(chances[key], 1e-45))) for name, key in
                 (("logprob", "blended"), ("base_logprob", "base"), ("memory_logprob", "memory"))}
@@ -257,15 +257,15 @@ def logprobs(tokens):
 
 
 def short(value):
-    """A number to five digits, since a record may go through a browser's small storage."""
+    """A number to five digits, since records may be kept in a browser's small storage."""
     return float(f"{value:.5g}")
 
 
-LOOSE_BYTES = re.compile("[\udc80-\udcff]+")  # as they are decoded where they are no UTF-8
+LOOSE_BYTES = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, as surrogateescape decodes them
 
 
 def check_ranges(**values):
-    """The values by name, as int where a whole number is asked for; raises UserError for one that no slider would give."""
+    """The values by name, whole numbers as int. Raises UserError for one that no slider would give."""
     return {name: in_range(name, value) for name, value in values.items()}
 
 
@@ -273,14 +273,14 @@ def in_range(name, value):
     low, high = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UserError(f"{name} must be from {low:g} to {high:g}, not {named(value)}.")
-    kind = Settings.__annotations__.get(name, int)  # those that are no Settings are whole numbers
+    kind = Settings.__annotations__.get(name, int)  # values that are not in Settings are whole numbers
     if kind(value) != value:
         raise UserError(f"{name} must be a whole number, not {named(value)}.")
     return kind(value)
 
 
 def whole_seed(seed):
-    """The seed as an int, from a number or its digits, or None for a new draw if it is empty; else raises UserError."""
+    """The seed as an int, from a number or its digits. None, for a new draw, if it is empty. Otherwise raises UserError."""
     if seed is None or (isinstance(seed, str) and not seed.strip()):
         return None
     with contextlib.suppress(ValueError, OverflowError):
@@ -290,14 +290,14 @@ def whole_seed(seed):
 
 
 def whole_number(value):
-    """A number, or its digits, as an int, also 3.0 and 1e2; raises ValueError or OverflowError for what is no whole number."""
+    """A number, or its digits, as an int, also 3.0 and 1e2. Raises ValueError or OverflowError if it is not a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str) or not float(value).is_integer():
         raise ValueError(value)
     return int(float(value))
 
 
 def named(value):
-    """A wrong value as a sentence tells it."""
+    """A wrong value as an error message shows it."""
     try:
         return repr(value)[:40]
     except ValueError:  # Python does not write out a number of thousands of digits

@@ -1,4 +1,4 @@
-"""The text of a memory: its sources, its examples, and what is held out; what is added to it and what it forgets."""
+"""The text of a memory: its sources, its examples and what is held out. Text can be added and forgotten."""
 
 from dataclasses import dataclass, replace
 
@@ -15,15 +15,15 @@ HELD_OUT = "held_out.jsonl"
 
 @dataclass
 class Corpus:
-    """What a memory is made of, and what it is tested on."""
+    """The examples that a memory is made of, and those that it is tested on."""
 
     sources: list  # {"name", "template"} of each
-    examples: list  # Examples of training
+    examples: list  # Examples to train on
     held: list  # Examples that no entry comes from
 
     @classmethod
     def read(cls, options):
-        """The Corpus of a dataset that is named by the options of script 1."""
+        """The Corpus of the dataset that the options of script 1 name."""
         table = in_smaller_parts(read_table(options.dataset, options.split))
         pattern = typed(options.template) if options.template else usual_template(table.columns)
         template, held = Template.parse(pattern, columns=table.columns), None
@@ -44,11 +44,11 @@ class Corpus:
         return cls(manifest["sources"], read_examples(folder / "examples.jsonl"), read_examples(folder / HELD_OUT))
 
     def templates(self, base):
-        """The Template of each source, in the words of a base model."""
+        """The Template of each source, with the words of a base model's chat template."""
         return [Template.parse(source["template"], base) for source in self.sources]
 
     def fitting(self, base):
-        """The same Corpus with plain words for its last source where the base model has no chat template for a question's."""
+        """This Corpus, or one with plain words for its last source if that needs a chat template and the base has none."""
         template = Template.parse(self.sources[-1]["template"])
         if base.tokenizer.chat_template or template.whole_chats or not template.pattern.startswith("chat "):
             return self
@@ -57,9 +57,9 @@ class Corpus:
         return replace(self, sources=[*self.sources[:-1], self.sources[-1] | {"template": plain}])
 
     def added(self, source, split=None, pattern=None):
-        """The Corpus with another source behind it; raises UserError for one that it holds.
+        """The Corpus with one more source. Raises UserError if it holds that source already.
 
-        Without a pattern the source is read as the first one was, if it has the same columns.
+        Without a pattern the source is read as the first one was, if it has the columns for that.
         """
         table, first = read_table(source, split), Template.parse(self.sources[0]["template"])
         if pattern is None:
@@ -78,7 +78,7 @@ class Corpus:
         return Corpus([*self.sources, {"name": table.name, "template": template.pattern}], [*self.examples, *new], held)
 
     def without(self, name, seed):
-        """The Corpus without a document, a row (table:row), a table or a folder; raises UserError for one that it lacks."""
+        """The Corpus without a document, a row (table:row), a table or a folder. Raises UserError if there is none."""
         def gone(example):
             return example.name == name or example.name.startswith((f"{name}:", f"{name.rstrip('/')}/")) \
                 or self.sources[example.source]["name"] == name
@@ -99,12 +99,12 @@ def few_of(names):
 
 
 def typed(pattern):
-    r"""A template as it was typed: \n and \t are a newline and a tab."""
+    r"""A typed template, with \n and \t as a newline and a tab."""
     return pattern.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def tell_unused(table, template):
-    """Print what is read of a table and what is not."""
+    """Print the template, and the columns of the table that it does not use."""
     fields = {field.split(".")[0] for field in template.fields} | set(template.fields)
     unused = [name for name in table.columns if name not in fields]
     form = " ".join(template.pattern.split("\n"))

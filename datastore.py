@@ -18,20 +18,20 @@ from sources.rows import Example
 from support.command import UserError, one_line
 
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
-PROBED = 64  # a search looks into one of so many inverted lists
-SEARCH_CHUNK = 8192  # queries a faiss call
-FOUND_AT_ONCE = 2_000_000  # neighbours that one call may find, at some 60 bytes each
+PROBED = 64  # a search reads one in this many inverted lists
+SEARCH_CHUNK = 8192  # queries in one faiss call
+FOUND_AT_ONCE = 2_000_000  # neighbours that one call may find, at about 60 bytes each
 
 
 def write_atomically(path, text):
-    """Write a small text file so that it is either the old one or the new one, never half of it."""
+    """Write a small text file. After a kill it is the old one or the new one, never half of one."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def hidden_batches(base, windows, batch_size):
-    """Yield (first window, entries' hidden states (n, H)) for batch_size windows at a time."""
+    """Yield (number of the first window, the entries' hidden states (n, H)) of batch_size windows at a time."""
     for first in range(0, len(windows), batch_size):
         batch = windows[first:first + batch_size]
         longest = max(len(w.ids) for w in batch)
@@ -42,9 +42,9 @@ def hidden_batches(base, windows, batch_size):
 
 
 def write_keys(base, windows, offsets, path, batch_size, known=0):
-    """Append the keys (N, H) fp16 of all windows to the file `path`, going on behind the whole batches it holds.
+    """Append the keys (N, H) fp16 of all windows to the file `path`. Whole batches that it already holds are kept.
 
-    known: how many windows' keys the file holds from another source than the base.
+    known: how many of the first windows have keys that were copied into the file.
     """
     row = 2 * base.width
     done = path.stat().st_size // row if path.exists() else 0
@@ -70,7 +70,7 @@ def open_keys(path, width):
 
 
 def grow_index(path, keys, first, mean):
-    """The faiss index of a file with the keys (N, H) from `first` on added."""
+    """The faiss index in the file `path`, after adding the keys (N, H) from `first` on."""
     index = faiss.read_index(str(path))
     for i in range(first, len(keys), 65536):
         index.add(keys[i:i + 65536].astype(np.float32) - mean)
@@ -78,9 +78,9 @@ def grow_index(path, keys, first, mean):
 
 
 def choose_index(entries, width, memory):
-    """A faiss factory string: exact while that is quick, then inverted lists, then fewer and smaller numbers.
+    """A faiss factory string: exact search while it is quick, then inverted lists, then also PCA and 8-bit numbers.
 
-    `memory` is what the index may take, in bytes.
+    memory: bytes that the index may take.
     """
     if entries <= FLAT_LIMIT:
         return "Flat"
@@ -93,8 +93,8 @@ def choose_index(entries, width, memory):
 def build_index(keys, factory, seed=0):
     """(index, mean): a faiss index over keys (N, H) minus their mean.
 
-    Without the common offset, faiss's batched |q|^2 - 2qx + |x|^2 stays exact in float32, and L2 distances
-    are the same. Raises UserError for a factory string that faiss does not know or cannot train.
+    Without the mean, faiss's batched |q|^2 - 2qx + |x|^2 stays exact in float32. L2 distances do not change.
+    Raises UserError for a factory string that faiss does not know or cannot train.
     """
     chunks = range(0, len(keys), 65536)
     mean = sum(keys[i:i + 65536].astype(np.float32).sum(0, dtype=np.float64) for i in chunks) / len(keys)
@@ -122,8 +122,8 @@ def build_index(keys, factory, seed=0):
 def seen_tokens(entries):
     """(ids (V',) of the tokens that are some entry's value, ascending; the probability of all other tokens together).
 
-    That is the share of positions whose token occurs in no other example (Good 1953, over examples), and at least one
-    position more than there are, so that no token is impossible.
+    The probability is the share of positions whose token occurs in no other example (Good 1953, over examples).
+    With n such positions it is max(n, 1) / (N + 1), so that no token is impossible.
     """
     pairs = np.unique(np.stack([entries.values, entries.example]), axis=1)  # (token, example)
     seen, examples = np.unique(pairs[0], return_counts=True)
@@ -132,7 +132,7 @@ def seen_tokens(entries):
 
 
 def copy_keys(source, wanted, path, width):
-    """Begin the file `path` with the wanted entries' keys of another file, if it does not hold them already."""
+    """Copy the wanted entries' keys from the file `source` to the beginning of `path`, unless `path` holds them already."""
     if path.exists() and path.stat().st_size >= 2 * width * len(wanted):
         return
     keys = open_keys(source, width)
@@ -154,7 +154,7 @@ def read_examples(path):
 
 
 class Datastore:
-    """The entries and their index: search by hidden state, and trace what was found back to its text."""
+    """The entries and their index. Searches by hidden state, and knows the text that each entry comes from."""
 
     def __init__(self, index, mean, values, example, position, examples):
         self.index, self.mean, self.values = index, mean, values
@@ -162,7 +162,7 @@ class Datastore:
 
     @classmethod
     def open(cls, folder):
-        """Open what training wrote; the caller has checked the files against the manifest."""
+        """Open what training wrote. The caller must have checked the files against the manifest."""
         folder = Path(folder)
         with np.load(folder / "datastore_entries.npz", allow_pickle=False) as entries:
             example, position, mean = entries["example"], entries["position"], entries["mean"]
@@ -176,11 +176,11 @@ class Datastore:
     def search(self, queries, k, without=None):
         """Squared L2 distances D (Q, K), ascending, and entry ids I (Q, K) of the nearest entries.
 
-        queries (Q, H). without: an example whose entries are passed over, of an exact index. Where an approximate index finds
-        fewer than k, D is inf and I is -1.
+        queries (Q, H). without: an example whose entries are skipped, for an exact index only. Where an approximate index
+        finds fewer than k, D is inf and I is -1.
         """
         queries = np.asarray(queries, np.float32) - self.mean
-        # One thread answers a few queries sooner than several that first have to meet.
+        # For a few queries one thread is faster than several, which must first synchronise.
         faiss.omp_set_num_threads(1 if len(queries) < 16 else torch.get_num_threads())
         others = None if without is None else faiss.IDSelectorBitmap(np.packbits(self.example != without, bitorder="little"))
         D, I = self.index.search(queries, k, params=faiss.SearchParameters(sel=others) if others else None)
@@ -189,13 +189,13 @@ class Datastore:
         return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
 
     def search_others(self, queries, example, k):
-        """As search, leaving out for each query the entries of its own example (Q,)."""
+        """Like search, but each query leaves out the entries of its own example (Q,)."""
         D = np.full((len(queries), k), np.inf, np.float32)
         I = np.full((len(queries), k), -1, np.int64)
-        few = np.full(len(queries), k + k // 2 + 8)  # mostly enough; so many that all of its own may come first, always
+        few = np.full(len(queries), k + k // 2 + 8)  # mostly enough; k plus all of its own entries always is
         left = self._fill_others(np.arange(len(queries)), few, queries, example, D, I)
         own = np.bincount(self.example, minlength=int(example.max(initial=0)) + 1)[example]
-        # Faiss passes entries over one by one, which pays only for an example that is most of the text.
+        # Faiss skips entries one by one, which pays only for an example with more than half of all entries.
         most = (own[left] > len(self) / 2) & isinstance(self.index, faiss.IndexFlat)
         if most.any():
             D[left[most]], I[left[most]] = self.search(queries[left[most]], k, example[left[most]][0])
@@ -204,7 +204,7 @@ class Datastore:
         return D, I
 
     def _fill_others(self, numbers, fetch, queries, example, D, I):
-        """Fill rows of D and I (Q, K) from the fetch (Q,) nearest entries each; returns the numbers of those that lack some."""
+        """Fill rows of D and I (Q, K) from the fetch (Q,) nearest entries of each. Returns the numbers of rows that lack some."""
         lacking, first, k = [], 0, D.shape[1]
         while first < len(numbers):
             here = numbers[first:first + SEARCH_CHUNK]
@@ -235,9 +235,9 @@ class Datastore:
 
 
 def find_neighbours(store, keys, k, folder, earlier=None):
-    """Write D fp32 and I int32 (N, K) of every entry, its own example left out, going on where a run stopped.
+    """Write D fp32 and I int32 (N, K) of every entry, its own example left out. A stopped run is resumed.
 
-    earlier: a folder with D and I of the first entries, which then are only compared with the new ones.
+    earlier: a folder with D and I of the first entries. These are then compared with the new ones only.
     """
     shape, done_file = (len(keys), k), folder / "neighbours_done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else 0
@@ -260,7 +260,7 @@ def find_neighbours(store, keys, k, folder, earlier=None):
 
 
 def nearer(D, I, queries, new, mean, first):
-    """The K nearest (Q, K) among neighbours D, I (Q, K) and new keys (M, H) of other examples, whose entries begin at `first`."""
+    """D, I (Q, K) of the K nearest among neighbours D, I (Q, K) and new keys (M, H) of other examples, numbered from `first`."""
     queries, K = queries.astype(np.float32) - mean, D.shape[1]
     for i in range(0, len(new), 65536):
         chunk = new[i:i + 65536].astype(np.float32) - mean
@@ -272,9 +272,9 @@ def nearer(D, I, queries, new, mean, first):
 
 
 def knn_weights(D, temperature):
-    """Weights (Q, K) of neighbours at squared distances D (Q, K): softmax(-D / temperature); inf gives equal votes.
+    """Weights (Q, K) of neighbours at squared distances D (Q, K): softmax(-D / temperature).
 
-    Khandelwal et al. 2020, equation 2. An infinite distance has weight 0.
+    A temperature of inf gives equal votes. An infinite distance has weight 0. Khandelwal et al. 2020, equation 2.
     """
     found = np.isfinite(D)
     nearest = D.min(axis=1, keepdims=True, initial=np.finfo(np.float32).max)  # subtracted so that exp cannot underflow
@@ -283,6 +283,6 @@ def knn_weights(D, temperature):
 
 
 def default_temperature(D):
-    """Half the median squared distance of a sample: the best of those tried for kNN-LM on legal text."""
+    """Half the median squared distance of a sample. It was the best temperature tried for kNN-LM on legal text."""
     sample = D[:: max(1, len(D) // 10_000)]
     return max(float(np.median(sample[np.isfinite(sample)])) / 2, 1e-6)

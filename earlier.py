@@ -1,4 +1,4 @@
-"""The memory that a folder holds already: who may work on it, and what a run that changes it takes over."""
+"""The memory that a folder already holds: the lock on the folder, and what a run that changes the memory reuses."""
 
 import json
 import math
@@ -15,18 +15,18 @@ from stages import finish_publishing
 from support.command import UserError
 from texts import windows_of_sources
 
-# What makes entries and decoder alike, so that it cannot change on the way.
+# Old and new entries and the decoder have these in common, so they cannot change.
 FIXED = ("max_length", "positions", "k", "index", "decoder_dim", "context", "norm", "head_init", "dtype")
 OF_A_WHOLE_TRAINING = ("dataset", "max_examples", "validation_dataset", "validation_split", "validation_fraction")
 OF_ONE_RUN = ("output_dir", "add", "forget", "demo", "original", "template", "split", "device")
-MOST_WINDOWS = 50  # of added, kept or forgotten text that are scored before and after
+MOST_WINDOWS = 50  # windows of added, kept or forgotten text that are scored before and after
 
 
 class Claim:
-    """The right to write into a folder: one run at a time. A context manager, held until its end."""
+    """A lock on a folder, so that one run at a time writes into it. A context manager."""
 
     def __init__(self, folder, wanted=True):
-        """wanted: False in the processes of one run that write nothing."""
+        """wanted: False in those processes of a run that write nothing."""
         self.folder, self.wanted = Path(folder) / "stages", wanted
         self.lock = filelock.FileLock(self.folder / ".lock")
 
@@ -39,7 +39,7 @@ class Claim:
         self.lock.release(force=True)
 
     def make_folder(self):
-        """Make the folder and claim it. Raises UserError where another run holds it, or nothing can be written."""
+        """Make the folder and claim it. Raises UserError if another run holds it, or if nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.wanted:
@@ -53,14 +53,14 @@ class Claim:
 
 
 def text_of(example):
-    """An Example as a text, to be compared: a document that was changed has its name still, and is another."""
+    """An Example as a text, for comparison. A changed document keeps its name but is another Example."""
     return json.dumps(example)
 
 
 def earlier_options(options):
-    """What --add and --forget take over from the training of the memory, as defaults; raises UserError where there is none."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one
-        with Claim(options.output_dir):  # which ends what a killed run began
+    """The memory's training options, as defaults for --add and --forget. Raises UserError if there is no memory."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # only one of several processes
+        with Claim(options.output_dir):  # this finishes what a killed run began to publish
             pass
     manifest = read_manifest(options.output_dir)
     if manifest is None:
@@ -78,14 +78,14 @@ class Earlier:
             self.example, self.mean = entries["example"], entries["mean"]
 
     def changed(self, options):
-        """The Corpus without what the options forget and with what they add."""
+        """The Corpus after forgetting and adding what the options name."""
         corpus = self.corpus
         if options.forget:
             corpus = corpus.without(options.forget, options.seed)
         return corpus.added(options.add, options.split, options.template) if options.add else corpus
 
     def check(self, base, options):
-        """Raise UserError for another base model, or an option that this memory has otherwise."""
+        """Raise UserError for another base model, or for an option that cannot differ from this memory's."""
         if base.fingerprint != self.manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one that this memory was trained with "
                             f"({self.manifest['base_model']}); name that one with --base_model.")
@@ -109,17 +109,17 @@ class Earlier:
         return self.folder / "stages" / self.manifest["stages"][name]
 
     def entries_in(self, corpus):
-        """Numbers of the entries whose example is in another Corpus too."""
+        """Ids of the entries whose example is also in another Corpus."""
         there = set(map(text_of, corpus.examples))
         return np.flatnonzero(np.array([text_of(example) in there for example in self.corpus.examples])[self.example])
 
     def new(self, windows, corpus):
-        """Those of a Corpus's windows whose text this memory lacks."""
+        """The windows of a Corpus whose text this memory does not have."""
         known = set(map(text_of, self.corpus.examples))
         return [window for window in windows if text_of(corpus.examples[window.example]) not in known]
 
     def difference(self, base, decoder, corpus, entries, options):
-        """What the change did, as plain data: counts, and perplexities of added and forgotten text before and after."""
+        """What the change did, as plain data: counts, and perplexities of added, kept and forgotten text before and after."""
         was, now = (set(map(text_of, [*c.examples, *c.held])) for c in (self.corpus, corpus))
         metrics = json.loads((self.folder / "metrics.json").read_text())
         found = {"entries": [len(self.example), entries], "held_out": metrics["held_out"]}

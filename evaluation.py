@@ -1,6 +1,6 @@
-"""The held-out report: what base, kNN-LM, memory and their blends predict on rows that no entry comes from.
+"""The held-out report: perplexity of base, kNN-LM, memory and their blends on rows that no entry comes from.
 
-Also fits the Gate that chooses alpha by itself.
+Also fits the Gate, which chooses alpha by itself.
 
 Letters: P held-out positions, A alphas, S temperatures, V vocabulary, K neighbours.
 """
@@ -24,14 +24,17 @@ from texts import Window, entries_of
 
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
-SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate, and the most tokens of one
-SAMPLES_WEIGHT = 0.1  # of these texts in the gate's fit, held-out rows weighing 1
-TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # times the one the memory was trained with
+SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate's fit, and the most tokens of one
+SAMPLES_WEIGHT = 0.1  # weight of these texts in the fit; held-out rows have weight 1
+TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # multiples of the temperature used in training
 
 
 @torch.no_grad()
 def sample_windows(base, length, seed=0):
-    """SAMPLES texts of `length` tokens, but at most SAMPLE_LENGTH, that the base writes by itself: text on which it is right."""
+    """SAMPLES texts, as windows of min(length, SAMPLE_LENGTH) tokens, that the base writes by itself.
+
+    On such text the base's own probabilities are right.
+    """
     generator, cache = torch.Generator().manual_seed(seed), base.new_cache()
     ids = new = torch.full((SAMPLES, 1), base.bos)
     for _ in range(min(length, SAMPLE_LENGTH) - 1):
@@ -43,16 +46,16 @@ def sample_windows(base, length, seed=0):
 
 @torch.no_grad()
 def calibrate(base, decoder, windows, batch_size=16):
-    """Set decoder.scale, which multiplies the memory's logits, to what gives the windows' tokens the most probability.
+    """Set decoder.scale, a factor of the memory's logits, to the value that gives the windows' tokens the most probability.
 
-    A memory that has learned its text by heart is too sure on other text. One number mends that, and changes no ranking of
-    tokens: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
+    A memory that has memorised its text is overconfident on other text. One number corrects this and keeps the ranking of
+    seen tokens: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
     """
     decoder = decoder.to(base.device).eval()
     values, _, _, offsets = entries_of(windows)
     places = torch.full((base.vocabulary,), -1)
     places[decoder.seen.cpu()] = torch.arange(len(decoder.seen))
-    y = places[torch.from_numpy(values).long()].to(base.device)  # -1: an unseen token, whose probability no scale changes
+    y = places[torch.from_numpy(values).long()].to(base.device)  # -1: an unseen token, which the scale does not affect
     rows, total = max(1, LOGITS_AT_ONCE // 8 // len(decoder.seen)), torch.zeros(len(SCALES), dtype=torch.float64)
     for first, hidden in hidden_batches(base, windows, batch_size):
         features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
@@ -65,7 +68,7 @@ def calibrate(base, decoder, windows, batch_size=16):
 
 
 def features_of(decoder, hidden, counts):
-    """The decoder's features (n, C) of the entries' hidden states (n, H) of several windows; counts: entries of each."""
+    """The decoder's features (n, C) of the entries' hidden states (n, H) in several windows. counts: entries of each window."""
     counts = counts.tolist()
     features = decoder.features(pad_sequence(list(hidden.float().split(counts)), batch_first=True))
     return torch.cat([f[:count] for f, count in zip(features, counts, strict=True)])
@@ -75,15 +78,15 @@ def features_of(decoder, hidden, counts):
 def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None, sweep=False):
     """Log probability of the next token at every position of the windows, under everything that is compared.
 
-    Returns a dict of float32 arrays: base (P,), memory (P,), opinions (P, 5), with a store knn (P, S), and with sweep
-    blend_logits (P, A); and of int32: example (P,), position (P,).
+    Returns a dict of float32 arrays base (P,), memory (P,), opinions (P, 5), and int32 arrays example (P,), position (P,).
+    With a store also knn (P, S), with sweep also blend_logits (P, A), both float32.
     """
     values, example, position, offsets = entries_of(windows)
     decoder = decoder.to(base.device).eval()
     rows, shapes = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), {"base": (), "memory": (), "opinions": (5,)}
     shapes |= {"knn": TEMPERATURES.shape} if store else {}
     shapes |= {"blend_logits": ALPHAS.shape} if sweep else {}
-    # One array each: many small ones would stand between the large blocks of logits, whose memory then cannot be used again.
+    # One array each. Many small ones would lie between the large blocks of logits and keep their memory from being reused.
     scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
     with tqdm(total=len(values), desc="held-out", unit="position") as bar:
         for first, hidden in hidden_batches(base, windows, batch_size):
@@ -108,8 +111,8 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
 def sweep_logits(base_logits, memory, targets, seen, backoff):
     """Log probability (P, A) of the targets (P, 1) under the blend of logits at every alpha.
 
-    base_logits, memory (P, V): logits and the memory's log probabilities; seen (V',). The memory gives all unseen tokens the
-    base's log probability plus one constant, so under any alpha only the seen tokens are made anew.
+    base_logits, memory (P, V): the base's logits and the memory's log probabilities. seen (V',). For all unseen tokens, the
+    memory's log probability is the base's plus one constant. So each alpha needs only the seen tokens computed again.
     """
     base = torch.log_softmax(base_logits, -1)
     b, m = base[:, seen], memory[:, seen]
@@ -126,7 +129,7 @@ def sweep_logits(base_logits, memory, targets, seen, backoff):
 
 
 def evidence_before(scores):
-    """The Evidence (P, 3) that every position of score_positions has from its own example's tokens before it."""
+    """The Evidence (P, 3) at every position of score_positions, from the tokens before it in its own example."""
     means, evidence, last = np.zeros((len(scores["base"]), 3)), Evidence(), None
     gains = (scores["memory"] - scores["base"]).tolist()
     for i in np.lexsort((scores["position"], scores["example"])):
@@ -138,9 +141,9 @@ def evidence_before(scores):
 
 
 def fit_gate(parts):
-    """The Gate under which a mixture of probabilities gives all positions the most probability.
+    """The Gate that maximises the likelihood of all positions under the mixture of probabilities.
 
-    parts: (scores, evidence (P, 3), weight) of several sets of positions; each set counts by its weight, not its size.
+    parts: (scores, evidence (P, 3), weight) of several sets of positions. Each set counts by its weight, not its size.
     """
     features = np.concatenate([np.concatenate([scores["opinions"], evidence], 1) for scores, evidence, _ in parts])
     base, memory = (np.concatenate([scores[name] for scores, _, _ in parts]) for name in ("base", "memory"))
@@ -164,7 +167,7 @@ def fit_gate(parts):
 
 
 def gated(gate, scores, evidence):
-    """(log probabilities (P,) of the mixture under the gate's alphas, those alphas (P,))."""
+    """(log probabilities (P,) of the mixture under the gate's alphas, the alphas (P,))."""
     alpha = gate.alpha(scores["opinions"], evidence)
     return np.logaddexp(scores["base"] + np.log1p(-alpha), scores["memory"] + np.log(alpha)), alpha
 
@@ -198,9 +201,9 @@ def half(scores, rest):
 
 
 def summarise(scores, own, temperature):
-    """Choose alpha, its gate, lambda and temperature on the even held-out examples and report all on the odd ones.
+    """Choose alpha, its gate, lambda and temperature on the even held-out examples. Report all of them on the odd ones.
 
-    A chosen value is the best on the choosing half, whatever it does on the other. own: scores of the sample_windows.
+    scores: of the held-out windows. own: of the sample_windows.
     """
     choose, report = scores["example"] % 2 == 0, scores["example"] % 2 == 1
     rules = {"logits": scores["blend_logits"], "probabilities": mix_probabilities(scores["base"], scores["memory"])}
@@ -280,7 +283,7 @@ def write_report(metrics, folder):
 
 
 def peak_memory():
-    """Most bytes of memory this process has held."""
+    """Peak memory of this process, in bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource

@@ -23,9 +23,9 @@ from texts import shared_prefix
 RULES = ("logits", "probabilities")
 AUTO = "auto"  # the rule under which a Gate chooses alpha, token by token, and probabilities are mixed
 KNN = "kNN-LM"  # the rule under which the search itself is the memory, and probabilities are mixed
-BEST = 10  # candidates that a Step holds of each of base, memory and blend
-BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte as the vocabularies of Llama and Gemma name it,
-BYTE_LEVEL = {name: byte for byte, name in bytes_to_unicode().items()}  # and as those of GPT-2 and its kind do
+BEST = 10  # candidates in a Step from each of base, memory and blend
+BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte's name in vocabularies such as Llama's and Gemma's
+BYTE_LEVEL = {name: byte for byte, name in bytes_to_unicode().items()}  # bytes by their names in vocabularies such as GPT-2's
 
 
 def blend(base_logits, memory_logits, alpha, rule="logits"):
@@ -44,20 +44,21 @@ def blend(base_logits, memory_logits, alpha, rule="logits"):
 
 
 def opinions(base_logits, memory_logits):
-    """What a Gate sees of two predictions (..., V): (..., 5) entropies in nats, log top probabilities, KL(memory || base)."""
+    """A Gate's features (..., 5) of two predictions (..., V): entropies in nats, log top probabilities, KL(memory || base)."""
     b, m = torch.log_softmax(base_logits, -1), torch.log_softmax(memory_logits, -1)
     p = m.exp()
     return torch.stack([-(b.exp() * b).sum(-1), -(p * m).sum(-1), b.amax(-1), m.amax(-1), (p * (m - b)).sum(-1)], -1)
 
 
 class Evidence:
-    """How much better the memory than the base has predicted the text so far, in nats a token, recent tokens counting most.
+    """How much better the memory has predicted the text so far than the base, in nats a token.
 
-    Three running means (3,) of log p_memory(token) - log p_base(token), of about 2, 10 and 50 tokens; 0 before the first.
+    Three running means (3,) of log p_memory(token) - log p_base(token), of about 2, 10 and 50 tokens. Recent tokens count
+    most. 0 before the first token.
     """
 
     DECAYS = np.array([0.6, 0.9, 0.98])
-    MOST = 5.0  # nats of one token that count
+    MOST = 5.0  # nats at which one token's difference is clipped
 
     def __init__(self):
         self.means = np.zeros(3)
@@ -67,9 +68,9 @@ class Evidence:
 
 
 class Gate:
-    """Automatic alpha: at each position a logistic function of eight features that cost nothing there.
+    """Automatic alpha: at each position a logistic function of eight features that need no extra forward pass.
 
-    The features are the two `opinions` on the next token and the Evidence of the tokens before it.
+    The features are the five `opinions` on the next token and the three means of Evidence from the tokens before it.
     """
 
     def __init__(self, weights, bias):
@@ -82,8 +83,8 @@ class Gate:
 
 
 def sample(logits, temperature, top_k, generator=None):
-    """One token id from logits (V,), drawn among the top_k after dividing by temperature; temperature 0 takes the best."""
-    if temperature < 1e-4:  # so small a divisor makes infinities
+    """One token id from logits (V,), sampled among the top_k after dividing by temperature. Temperature 0 takes the best."""
+    if temperature < 1e-4:  # dividing by less may give infinities
         return int(logits.argmax())
     best, ids = torch.topk(logits, min(top_k, logits.shape[-1]))
     weights = torch.softmax(best / temperature, dim=-1).cpu()
@@ -92,29 +93,29 @@ def sample(logits, temperature, top_k, generator=None):
 
 @dataclass
 class Settings:
-    """How an answer is written. It is read anew at every token, so what changes on the way counts from the next one on."""
+    """How an answer is written. Settings are read at every token, so a change acts from the next token on."""
 
-    alpha: float = 0.5  # the memory's share, but for the rule auto
-    rule: str = "logits"  # as it is when the answer begins
+    alpha: float = 0.5  # the memory's share, except under the rule auto
+    rule: str = "logits"  # read only when the answer begins
     temperature: float = 0.7
     top_k: int = 50
-    no_repeat: int = 0  # length in tokens of the runs that may not come twice in an answer; 0: any may
-    knn_k: int = 32  # neighbours
-    knn_temperature: float = 1.0  # and, in squared distance, temperature of the rule kNN-LM
+    no_repeat: int = 0  # no run of this many tokens may come twice in an answer; 0: any may
+    knn_k: int = 32  # neighbours under the rule kNN-LM
+    knn_temperature: float = 1.0  # temperature under the rule kNN-LM, in squared distance
 
 
 @dataclass
 class Step:
-    """One generated token, as the page shows it. Probabilities are those before temperature and top-k."""
+    """One generated token, as the page shows it. Probabilities are taken before temperature and top-k."""
 
     token: int
-    text: str  # what became visible: may be empty while a character or a stop text is incomplete
+    text: str  # text that became visible; may be empty while a character or a stop text is incomplete
     base: float  # probability of the token under the base model,
     memory: float  # under the memory,
     blended: float  # and under their blend
     alpha: float  # the memory's share in that blend
-    candidates: list  # (token, its three probabilities) of the BEST tokens of each of the three, the blend's best first
-    cut: float  # probability, under the blend, of the last token that top-k lets through
+    candidates: list  # (token, its three probabilities) of the BEST tokens of base, memory and blend, the blend's best first
+    cut: float  # probability, under the blend, of the last token that top-k keeps
     hidden: torch.Tensor  # the query state (H,) float32, on the CPU
     seconds: float  # that the token took
 
@@ -123,7 +124,7 @@ class MemoryAugmentedLM:
     """A frozen base model with a MemoryDecoder beside it."""
 
     def __init__(self, base, decoder, template=None, gate=None, store=None):
-        """template: the form of what the memory was trained on. gate: what chooses alpha under the rule auto, if there is one.
+        """template: of the texts that the memory was trained on. gate: chooses alpha under the rule auto, if there is one.
 
         store: the Datastore that the rule kNN-LM searches, if there is one.
         """
@@ -131,22 +132,22 @@ class MemoryAugmentedLM:
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
         self.base, self.decoder, self.gate, self.store = base, decoder.to(base.device).eval(), gate, store
-        # Every prompt begins with the header. Its states were no entries in training, so the memory skips them.
+        # Every prompt begins with the header. Its states are no entries, so the memory skips them.
         self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
         self.ends, self.stops, self.closing = base.ends, [], ""
         if template:
             self.ends, self.stops, self.closing = template.ends(base), template.stops(base), template.closing(base)
 
     def skipped(self, ids):
-        """How many leading ids are the header, whose states the memory does not read; one id is always left."""
+        """How many leading ids are the header, whose states the memory does not read. One id is always left."""
         return min(shared_prefix(ids, self.header), len(ids) - 1)
 
     @torch.no_grad()
     def steps(self, ids, evidence=None, search=None):
-        """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)); send() it each next token id.
+        """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)). send() it each next token id.
 
-        One base forward and one decoder forward for each token, both with caches. evidence: gathers what the tokens say.
-        search: gives the memory of a hidden state in the decoder's place.
+        Each token takes one forward pass of the base and one of the decoder, both cached. evidence: updated with every token.
+        search: a function from a hidden state to the memory's log probabilities, used in place of the decoder.
         """
         cache, memory_cache = self.base.new_cache(), DecoderCache()
         new, skip = torch.tensor([ids]), self.skipped(ids)
@@ -173,7 +174,7 @@ class MemoryAugmentedLM:
         return votes.log().to(hidden.device)
 
     def weigh(self, hidden, features, tokens, evidence):
-        """Add to the evidence what base and memory gave each token (T,) of the prompt; hidden (T, H), features (T, C)."""
+        """Add the prompt's tokens (T,) to the evidence. hidden (T, H), features (T, C): at the position before each token."""
         rows = max(1, LOGITS_AT_ONCE // self.base.vocabulary)
         for i in range(0, len(tokens), rows):
             block, y = slice(i, i + rows), tokens[i:i + rows, None].to(hidden.device)
@@ -184,11 +185,11 @@ class MemoryAugmentedLM:
 
     @torch.no_grad()
     def stream(self, prompt, settings=None, max_new_tokens=200, seed=None, kept=(), first=None):
-        """Yield a Step for each token that continues `prompt`, to an end token, a stop text of the template, or max_new_tokens.
+        """Yield a Step for each token that continues `prompt`, up to an end token, a stop text or max_new_tokens.
 
-        prompt: what BaseLM.encode reads. kept: token ids with which the answer begins; they yield no Step. first: the token id
-        behind them, where it is not to be sampled. Raises UserError when prompt and answer exceed the base model's positions,
-        or when the rule needs a gate or a datastore that is not there.
+        prompt: as BaseLM.encode reads it. kept: token ids that begin the answer; they yield no Step. first: the id of the
+        token after them, if it is not to be sampled. Raises UserError if prompt and answer exceed the base model's positions,
+        or if the rule needs a gate or a datastore that is missing.
         """
         settings, base, ids = settings or Settings(), self.base, self.base.encode(prompt)
         self.check(settings.rule, len(ids), max_new_tokens)
@@ -234,9 +235,9 @@ class MemoryAugmentedLM:
 
 
 def without_repeated_runs(logits, answer, length):
-    """Logits (V,) in which no token is possible that would end a run of `length` tokens that the answer holds; 0: any may.
+    """Logits (V,) with -inf for every token that would repeat a run of `length` tokens of the answer. 0: no change.
 
-    Where nothing else is possible, as when a few neighbours vote, the run may come twice.
+    If no token were left, as when few neighbours vote, the logits stay as they are.
     """
     if not length or not answer:
         return logits
@@ -255,7 +256,7 @@ def compare(base_logits, memory_logits, blended, token, top_k):
 
 
 def token_bytes(tokenizer, token):
-    """The bytes that a token adds to a text. Special tokens add none; some tokens are pieces of a character."""
+    """The bytes that a token adds to a text. Special tokens add none. Some tokens are pieces of a character."""
     def text_of(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -266,7 +267,7 @@ def token_bytes(tokenizer, token):
             return bytes([int(name[3:5], 16)])
         if BYTE_LEVEL.keys() >= set(name):
             return bytes(map(BYTE_LEVEL.get, name))
-    # Said twice, since some tokenizers leave out the space in front of a text's first word.
+    # Decoded twice in a row, since some tokenizers leave out the space in front of a text's first word.
     return text_of([token, token])[len(text):].encode()
 
 
@@ -281,14 +282,14 @@ class DecodedText:
         return self.decoder.decode(token_bytes(self.tokenizer, token))
 
     def flush(self):
-        """U+FFFD for the piece of a character with which an answer ends; "" if there is none."""
+        """U+FFFD if the answer ends within a character, else ""."""
         return self.decoder.decode(b"", final=True)
 
 
 class VisibleText:
     """Holds back what may be the beginning of a stop text, and cuts at the first whole one.
 
-    closing: a mark that is no part of an answer where the answer ends with it.
+    closing: a mark that is left out where the answer ends with it.
     """
 
     def __init__(self, stops, closing=""):
@@ -298,7 +299,7 @@ class VisibleText:
         """The text that may be shown now that `text` has been generated."""
         self.held += text
         if not self.begun:
-            self.held = "\n" + self.held.lstrip()  # a stop text may come first, whatever space stood before it
+            self.held = "\n" + self.held.lstrip()  # a stop text may come first, after any space
         cuts = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if cuts:
             self.held, self.stopped = self.held[:min(cuts)], True
@@ -308,12 +309,12 @@ class VisibleText:
         return self.flush(max((len(part) for part in begun if self.held.endswith(part)), default=0))
 
     def end(self):
-        """What is held back, now that the text has ended by itself."""
+        """The text held back, without the closing mark, once the answer has ended by itself."""
         self.held = self.held.removesuffix(self.closing)
         return self.flush()
 
     def flush(self, hold=0):
-        """What is held back but for the last `hold` characters; all of it once no more text can come."""
+        """The text held back, except its last `hold` characters, which stay held back."""
         shown, self.held = self.held[:len(self.held) - hold], self.held[len(self.held) - hold:]
         if not self.begun:
             shown = shown.lstrip()

@@ -17,12 +17,12 @@ from base_model import file_checksum
 from support.command import UserError
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
-SCORES_AT_ONCE = 2**25  # numbers in one layer's attention scores up to which a CPU writes them out
-LEAST_BLOCK = 16  # positions in a block of attention, however short the context
+SCORES_AT_ONCE = 2**25  # attention scores of one layer up to which a CPU keeps them all in memory
+LEAST_BLOCK = 16  # fewest positions in a block of attention
 
 
 class Block(nn.Module):
-    """One Transformer encoder layer under a causal mask that reaches back `context` positions, itself included."""
+    """One Transformer encoder layer. Its causal mask reaches back `context` positions, the current one included."""
 
     def __init__(self, width, heads, context, norm_first, dropout):
         super().__init__()
@@ -49,16 +49,16 @@ class Block(nn.Module):
 
 
 def local_attention(q, k, v, context):
-    """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D), themselves included.
+    """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D), their own included.
 
-    Query t stands at position S - T + t; returns q's shape. A long sequence is cut into blocks, each of which looks at
-    itself and at the blocks before that it can reach, so scores grow with T and not with T x S. Beltagy et al. 2020
+    Query t is at position S - T + t. Returns q's shape. A long sequence is cut into blocks. Each block attends to itself
+    and to the earlier blocks within reach, so scores grow with T and not with T x S. Beltagy et al. 2020
     (arXiv 2004.05150), section 3.1.
     """
     B, heads, T, D = q.shape
     before, size = k.shape[2] - T, block_size(context)
-    reach = -(-(context - 1) // size)  # blocks before its own
-    count, absent = -(-T // size), 0  # absent: positions in front of the first block that hold no key
+    reach = -(-(context - 1) // size)  # earlier blocks that a block attends to
+    count, absent = -(-T // size), 0  # absent: padded positions in front of the first key
     if count == 1 or (reach + 1) * size >= k.shape[2]:
         count = 1
         q, k, v = (x.reshape(B * heads, 1, -1, D) for x in (q, k, v))
@@ -75,7 +75,7 @@ def local_attention(q, k, v, context):
 
 
 def block_size(context):
-    """Positions in a block of attention: few, since a block reads up to one block more than `context`."""
+    """Positions in a block of attention. They are few, since a block reads up to one block more than `context`."""
     return max(context // 4, LEAST_BLOCK)
 
 
@@ -89,13 +89,13 @@ def attend(q, k, v, seen):
 
 
 class DecoderCache:
-    """What decoding one position after another keeps: each block's last context-1 keys and values."""
+    """Each block's last context-1 keys and values, kept for decoding one position after another."""
 
     def __init__(self):
         self.stored = {}
 
     def append(self, block, k, v):
-        """Keys and values (B, heads, S, C/heads) that the new positions may look at, themselves last."""
+        """Keys and values (B, heads, S, C/heads) that the new positions may attend to, their own last."""
         if block in self.stored:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.stored[block], (k, v), strict=True))
         keep = block.context - 1
@@ -104,12 +104,12 @@ class DecoderCache:
 
 
 class MemoryDecoder(nn.Module):
-    """Reads the base model's hidden states in sequence and says what a search of the datastore would say.
+    """Reads the base model's hidden states in sequence and predicts what a search of the datastore would find.
 
     hidden states (B, T, H) -> input projection -> LayerNorm -> encoder layers -> features (B, T, C) -> output
-    projection -> logits (B, T, V') of the seen tokens, those that are some entry's value. seen: token ids (V',).
-    backoff: the share of its probability that the memory leaves to the base, for the tokens that no entry holds, if there are
-    any. With context=1 every position is read alone, as in the original demo.
+    projection -> logits (B, T, V') of the seen tokens. seen: ids (V',) of the tokens that are some entry's value.
+    backoff: the probability of all unseen tokens together, if there are any. The base's probabilities divide it among them.
+    With context=1 every position is read alone, as in the original demo.
     """
 
     def __init__(self, hidden_size, vocab_size, seen, backoff=0.0, decoder_dim=256, num_layers=6, num_heads=32,
@@ -129,7 +129,7 @@ class MemoryDecoder(nn.Module):
         self.output_projection = nn.Linear(decoder_dim, len(self.seen))
 
     def features(self, hidden, cache=None):
-        """What the output projection reads (B, T, C), for hidden states (B, T, H) in float32."""
+        """The input (B, T, C) of the output projection, from hidden states (B, T, H) in float32."""
         x = self.dropout(self.input_norm(self.input_projection(hidden)))
         for block in self.blocks:
             x = block(x, cache)
@@ -138,8 +138,8 @@ class MemoryDecoder(nn.Module):
     def log_probabilities(self, features, base_logits):
         """The memory's log probabilities (..., V), from features (..., C) and the base's logits (..., V).
 
-        Seen tokens share 1 - backoff as softmax(scale * z) says. The unseen ones, which no kNN distribution can name, share
-        backoff as the base says. So n-gram models back off to a smaller one (Katz 1987).
+        Seen tokens share 1 - backoff in the proportions of softmax(scale * z). Unseen tokens, which no kNN distribution has,
+        share backoff in the base's proportions. N-gram models back off to a smaller model in this way (Katz 1987).
         """
         own = torch.log_softmax(self.scale * self.output_projection(features), -1)
         if len(self.seen) == self.sizes["vocab_size"]:
@@ -149,25 +149,25 @@ class MemoryDecoder(nn.Module):
 
     @torch.no_grad()
     def start_from_head(self, head, keys):
-        """Start as the best decoder_dim-wide copy of the base model: its logits of the seen tokens, from its hidden states.
+        """Start as the best copy, of width decoder_dim, of the base's head: from hidden states to logits of the seen tokens.
 
-        head: the base's output weights of these tokens (V', H). keys: a sample of hidden states (P, H). Among all rank-C maps M
-        the start minimises E|W(h - mean) - M(h - mean)|^2, with W centred over the vocabulary since softmax
-        ignores a common offset: M keeps the C largest eigenvectors of S W'W S, where S is the square root of
-        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections; the two
-        LayerNorms fix the length of the projected state, so the start is that map up to scale.
+        head: the base's output weights W of these tokens (V', H). keys: a sample of hidden states (P, H). Among all rank-C
+        maps M the start minimises E|W(h - mean) - M(h - mean)|^2. W is centred over the vocabulary, since softmax
+        ignores a common offset. M keeps the C largest eigenvectors of S W'W S, where S is the square root of
+        the keys' covariance. The blocks add nothing at first, so attention and MLP learn corrections. The two
+        LayerNorms fix the length of the projected state, so the start is M up to scale.
         """
         keys = keys.float().to(head.device)
         mean, C = keys.mean(0), self.sizes["decoder_dim"]
         centre = head.mean(0, dtype=torch.float32)
         gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
         covariance = torch.cov(keys.T)
-        # A little of the identity keeps directions that the sample hardly shows from being blown up.
+        # A small multiple of the identity keeps directions that are rare in the sample from being scaled up too far.
         covariance, gram = covariance.cpu(), gram.cpu()  # not every accelerator has eigh
         values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)))
         root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
         _, Q = torch.linalg.eigh(root @ gram @ root)
-        root, inverse, Q = (x.to(head.device) for x in (root, inverse, Q[:, -C:]))  # Q (H, C), fewer if H is less
+        root, inverse, Q = (x.to(head.device) for x in (root, inverse, Q[:, -C:]))  # Q (H, C), or (H, H) if H is less
         r = Q.shape[1]
         project = self.input_projection
         project.weight[:r], project.bias[:r] = Q.T @ inverse, -(Q.T @ inverse @ mean)
@@ -182,9 +182,9 @@ class MemoryDecoder(nn.Module):
 
     @torch.no_grad()
     def grown(self, seen, backoff, head, dropout=0.0):
-        """A decoder that has learned the same and knows more tokens; seen: ids (V''), head: the base's output weights (V'', H).
+        """This decoder with more seen tokens. seen: ids (V''). head: the base's output weights (V'', H).
 
-        A token that is new gets the row that the others' rows, learned, suggest for its row in the head: by least squares.
+        A new token's output row is predicted from its row in the head: least squares, fitted on the tokens learned so far.
         """
         decoder = MemoryDecoder(seen=seen, backoff=backoff, dropout=dropout, **self.sizes).to(head.device)
         kept = {name: value for name, value in self.state_dict().items()
@@ -193,7 +193,7 @@ class MemoryDecoder(nn.Module):
         places = torch.searchsorted(decoder.seen, self.seen.to(head.device))
         x = F.pad(head.float(), (0, 1), value=1.0)
         learned = torch.cat([self.output_projection.weight, self.output_projection.bias[:, None]], 1).to(head.device)
-        gram = (x[places].T @ x[places]).cpu()  # not every accelerator solves
+        gram = (x[places].T @ x[places]).cpu()  # not every accelerator has solve
         ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
         rows = x @ torch.linalg.solve(gram + ridge, (x[places].T @ learned).cpu()).to(head.device)
         rows[places] = learned
@@ -206,7 +206,7 @@ class MemoryDecoder(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read a file that `save` wrote: tensors and plain numbers, nothing else; raises UserError for another version's."""
+        """Read a file that `save` wrote: only tensors and plain numbers. Raises UserError for a file of another version."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         try:
             decoder = cls(seen=saved["weights"]["seen"], **saved["sizes"])
@@ -217,14 +217,14 @@ class MemoryDecoder(nn.Module):
 
 
 def check_heads(decoder_dim, num_heads=32):
-    """Raise UserError where the heads do not divide the width."""
+    """Raise UserError if the number of heads does not divide the width."""
     if decoder_dim % num_heads:
         raise UserError(f"The decoder's {num_heads} heads do not divide its width {decoder_dim}; "
                         f"choose a --decoder_dim that is a multiple of {num_heads}.")
 
 
 def merge_votes(tokens, weights):
-    """The same sparse distributions with every token once: weights (P, K) summed into one of its places, 0 in the rest."""
+    """(tokens, weights) (P, K) of the same sparse distributions with every token once. Places left over have weight 0."""
     order = torch.argsort(tokens, dim=1, stable=True)
     tokens, weights = tokens.gather(1, order), weights.gather(1, order)
     run = torch.cumsum(F.pad((tokens[:, 1:] != tokens[:, :-1]).long(), (1, 0)), dim=1)
@@ -236,13 +236,13 @@ def merge_votes(tokens, weights):
 class _SparseCrossEntropy(torch.autograd.Function):
     """Sums over P positions of -sum(p log q) and -log q[target], and the gradient of a mixture of both.
 
-    The gradient with respect to the logits is known in closed form, so each block of logits is made once, turned into
-    its gradient in place and dropped, in the forward pass already.
+    The gradient with respect to the logits has a closed form. So the forward pass makes each block of logits once,
+    turns it into its gradient in place and drops it.
     """
 
     @staticmethod
     def forward(ctx, features, weight, bias, tokens, weights, targets, kl_weight, rows):
-        total = kl_weight * weights.sum(1) + (1 - kl_weight)  # what multiplies q in the gradient; 1 but for lost neighbours
+        total = kl_weight * weights.sum(1) + (1 - kl_weight)  # the factor of q in the gradient; 1 unless neighbours are missing
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)]
         cross, ce = weights.new_zeros(()), weights.new_zeros(())
         head = weight.to(features.dtype)
@@ -274,9 +274,9 @@ class _SparseCrossEntropy(torch.autograd.Function):
 def memory_loss(features, projection, tokens, weights, targets, kl_weight=0.5):
     """(loss, kl, ce) in nats a position: loss = kl_weight * KL(kNN || memory) + (1 - kl_weight) * CE(next token).
 
-    features (P, C); projection maps them to logits (V'); tokens and weights (P, K) are the sparse kNN distributions and
-    targets (P,) the next tokens, all as places among the seen tokens. No (P, V') target exists, and logits exist for one
-    block of positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
+    features (P, C); projection maps them to logits (V'). tokens, weights (P, K): the sparse kNN distributions. targets (P,):
+    the next tokens. All tokens are places among the seen ones. No (P, V') target exists, and logits exist for one block of
+    positions at a time. Cao et al. 2025 (arXiv 2508.09874), equation 4.
     """
     P, rows = len(targets), max(1, LOGITS_AT_ONCE // projection.out_features)
     if torch.is_autocast_enabled(features.device.type):
@@ -296,7 +296,7 @@ class TrainingLoss(nn.Module):
         self.decoder, self.kl_weight = decoder, kl_weight
 
     def forward(self, hidden, real, tokens, weights, targets):
-        """hidden (B, T, H), real (B, T) bool with P true; tokens, weights (P, K) and targets (P,) in that order."""
+        """hidden (B, T, H), real (B, T) bool with P true. tokens, weights (P, K) and targets (P,) of these P, in order."""
         features = self.decoder.features(hidden)[real]
         return memory_loss(features, self.decoder.output_projection, tokens, weights, targets, self.kl_weight)
 

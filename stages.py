@@ -1,4 +1,4 @@
-"""What a run leaves on disk from stage to stage, and what it will take.
+"""The stages of a run and their files, and a plan of the disk, memory and time that they take.
 
 Letters: N entries, H key width, V' seen tokens, B windows a step, T positions of a window.
 """
@@ -24,13 +24,13 @@ from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, Traini
 from support.command import UserError
 from support.machine import fast_bfloat16, free_memory
 
-SCAN_PACE = 5e9  # multiplications and additions a second and thread, in the inverted lists of half-precision numbers
+SCAN_PACE = 5e9  # multiplications and additions a second and thread, in inverted lists of fp16 numbers
 NEW_MANIFEST = "config.json.part"
-SCORING_SECONDS = 25e-9  # of one token's logit under all that is compared
+SCORING_SECONDS = 25e-9  # for one token's logit, under everything that is compared
 
 
 class Stage:
-    """The files of one step, in a folder named by all that they depend on; done.json is written last."""
+    """The files of one stage, in a folder named by a hash of all inputs. done.json is written last."""
 
     def __init__(self, root, name, inputs, parent=None):
         text = json.dumps([parent.key if parent else None, inputs], sort_keys=True)
@@ -41,7 +41,7 @@ class Stage:
         return self.path / name
 
     def begin(self):
-        """Whether there is work to do; makes the folder and starts the clock."""
+        """Make the folder, start the clock, and return whether there is work to do."""
         self.resumed, self.began = self.path.exists(), time.monotonic()
         self.path.mkdir(parents=True, exist_ok=True)
         return not (self / "done.json").exists()
@@ -58,7 +58,7 @@ class Stage:
 class Stages:
     """The five stages of one run, each keyed by its own inputs and by the stage before it.
 
-    grown_from: names of the stages of the memory that this one goes on from, if there is one.
+    grown_from: names of the stages of the memory that this one extends, if there is one.
     """
 
     def __init__(self, root, options, base, corpus, grown_from=None):
@@ -91,9 +91,9 @@ def save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total):
 
 
 def load_checkpoint(stage, decoder, optimizer, schedule, total):
-    """(steps done, losses so far) after restoring a checkpoint, if there is one of a run with as many steps.
+    """Restore a checkpoint, if there is one of a run with as many steps. Returns (steps done, losses so far).
 
-    Another number of processes makes another number of steps; the decoder then starts afresh.
+    Another number of processes gives another number of steps. The decoder then starts from the beginning.
     """
     if not (stage / "checkpoint.pt").exists():
         return 0, []
@@ -107,7 +107,7 @@ def load_checkpoint(stage, decoder, optimizer, schedule, total):
 
 
 def publish(options, base, corpus, metrics, stages, output):
-    """Put the artefacts in place and the manifest last; stage folders of other settings are then removed."""
+    """Put the artefacts in place, remove stage folders of other settings, and put the manifest in place last."""
     sources = {"memory_decoder.pt": stages.report, "faiss_index.bin": stages.index, "datastore_entries.npz": stages.index,
                "datastore_values.npy": stages.datastore, "examples.jsonl": stages.datastore,
                **dict.fromkeys(("metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png", HELD_OUT), stages.report)}
@@ -128,14 +128,14 @@ def publish(options, base, corpus, metrics, stages, output):
 
 
 def finish_publishing(output):
-    """Replace all artefacts by the new ones that lie beside them, if the new manifest is there: from then on all of them are.
+    """Replace all artefacts by the new ones beside them, if the new manifest is there. It is written after all of them.
 
-    The stages of an earlier memory go before the manifest takes its place, so that a text which was forgotten is nowhere.
+    Stages of an earlier memory are removed before the manifest is put in place, so that no forgotten text remains.
     """
     if not (output / NEW_MANIFEST).exists():
         return
     manifest = json.loads((output / NEW_MANIFEST).read_text())
-    (output / "config.json").unlink(missing_ok=True)  # a kill between two replacements must not look whole
+    (output / "config.json").unlink(missing_ok=True)  # after a kill between two replacements, the folder must not look complete
     for name in manifest["files"]:
         if (output / f"{name}.part").exists():
             os.replace(output / f"{name}.part", output / name)
@@ -146,10 +146,10 @@ def finish_publishing(output):
 
 
 def plan(options, base, windows, held_windows, seen, stages, is_main=True, learned=None):
-    """Print what will be made and what it takes; raise UserError where it does not fit. Returns the faiss factory string.
+    """Print what will be made and what it takes. Returns the faiss factory string. Raises UserError if it does not fit.
 
-    What auto chose depends on the memory that was free, so the choice is kept with the stage. Files that an earlier run
-    left for this one are not asked for again, and only the main process asks. learned: the windows of one pass, if not all.
+    The choice of auto depends on free memory, so it is kept with the stage. Disk that files of an earlier run already take
+    is not counted again. Only the main process prints and checks. learned: the windows of one epoch, if not all.
     """
     output = stages.index.path.parent
     entries = sum(len(w.ids) - 1 - w.skip for w in windows)
@@ -183,7 +183,7 @@ def held_memory():
 
 
 def index_bytes(base, entries, factory):
-    """Bytes of a faiss index over so many entries."""
+    """Bytes of a faiss index over this many entries."""
     reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
     width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
     return entries * (width + 8)
@@ -196,12 +196,12 @@ def estimate_disk(options, base, entries, seen, factory):
 
 
 def decoder_weights(options, base, seen):
-    """Parameters of the decoder, about."""
+    """Approximate number of parameters of the decoder."""
     return options.decoder_dim * (seen + base.width + 75 * options.decoder_dim)
 
 
 def estimate_memory(options, base, entries, seen, factory):
-    """Bytes of memory beside the base model that the hungriest stage takes."""
+    """Bytes of memory that the largest stage takes, beside the base model."""
     positions = options.batch_size * options.max_length
     reach = min(options.max_length, options.context + 2 * block_size(options.context))  # keys that a block of attention scores
     scores = min(SCORES_AT_ONCE, positions * 32 * reach)  # of one layer; six are kept
@@ -213,7 +213,7 @@ def estimate_memory(options, base, entries, seen, factory):
 
 
 def timed(work):
-    """Seconds that `work` takes the second time; it returns a number, so that an accelerator has finished."""
+    """Seconds that `work` takes the second time. It must return a number, so that an accelerator has finished."""
     work()
     began = time.monotonic()
     work()
@@ -221,7 +221,7 @@ def timed(work):
 
 
 def step_seconds(options, base, windows, seen):
-    """Seconds of one training step on random states, of windows of mean length."""
+    """Seconds of one training step on random states, with windows of mean length."""
     B, T = options.batch_size, max(1, sum(len(w.ids) - 1 - w.skip for w in windows) // len(windows))
     decoder = MemoryDecoder(base.width, base.vocabulary, range(seen), 0.0, options.decoder_dim, context=options.context)
     model = TrainingLoss(decoder, options.kl_weight).to(base.device)
@@ -239,7 +239,7 @@ def step_seconds(options, base, windows, seen):
 
 
 def estimate_seconds(options, base, windows, held_windows, entries, seen):
-    """Seconds for all stages: measured passes of base and decoder, and counts of multiplications for the rest."""
+    """Seconds for all stages, from measured passes of base and decoder. The rest is estimated from counts of multiplications."""
     ids = torch.tensor([w.ids for w in windows[:1]])
     pace = timed(lambda: float(base.hidden(ids).sum())) / ids.numel()  # seconds a token of the base
     flop = pace / (2 * sum(p.numel() for p in base.decoder.parameters()))

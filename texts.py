@@ -16,18 +16,18 @@ from sources.tables import MESSAGES, TEXT
 from support.command import UserError, one_line
 
 CHAT = "chat"  # the template that stands for the model's own chat template
-DOCUMENT = "document"  # the template of a text that is read as it stands, while questions are asked as in a chat
-ORIGINAL = "Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}"  # that of the original demo's dataset
+DOCUMENT = "document"  # the template that reads a text as it stands; questions are asked as in a chat
+ORIGINAL = "Title: {Title}\nQuestion: {Question}\nAnswer: {Answer}"  # the template for the original demo's dataset
 CHAT_FIELDS = (("question", "answer"), ("question", "answers"), ("prompt", "completion"), ("instruction", "response"),
                ("instruction", "output"))
 Q, A = "\u2e28", "\u2e2e"  # marks that no template contains
 
 
 class Template:
-    """How a row of the dataset becomes a text, and a chat message the beginning of such a text.
+    """Turns a row of the dataset into a text, and a chat message into the beginning of such a text.
 
-    parts: (words, field) pairs, the words as Literals that stand in front of the field. tail: the Literal behind the last one.
-    The last field is the answer and the one before it is the question.
+    parts: (words, field) pairs. The words are a Literal in front of the field. tail: the Literal after the last field.
+    The last field is the answer. The one before it is the question.
     """
 
     def __init__(self, pattern, parts, tail=""):
@@ -35,19 +35,19 @@ class Template:
         self.parts = [(Literal(words), field) for words, field in parts]
         self.fields = [field for _, field in parts]
         self.header = Literal(self.parts[-2:][0][0].lstrip())  # what every prompt begins with
-        # What a prompt ends with (the answer brings its own first space), and what stands between two turns.
+        # What ends a prompt (the answer brings its own first space), and what separates two turns.
         self.reply = Literal(self.parts[-1][0].rstrip())
         self.between = self.tail if self.tail[-1:].isspace() else Literal(self.tail + "\n")
-        self.asked = self  # the Template of a chat's prompts
+        self.asked = self  # the Template for a chat's prompts
         self.whole_chats = False  # whether its one field holds lists of messages
 
     @classmethod
     def parse(cls, pattern, base=None, columns=()):
         """A Template from its text, e.g. "Q: {question}\\nA: {answer}", or from "chat ..." or "document ...".
 
-        "chat {question} {answer}" is the chat template of `base` around two fields, "chat {messages}" around whole chats, and
-        "chat" alone finds them among the dataset's columns. "document {text}" is the text alone, asked as in a chat.
-        Without a base the words of a chat template are left empty. Raises UserError for a text that is no template.
+        "chat {question} {answer}" puts two fields into the chat template of `base`, "chat {messages}" whole chats. "chat" alone
+        finds the fields among the dataset's columns. "document {text}" is the text alone, and questions are asked as in a chat.
+        Without a base the words of a chat template are empty. Raises UserError for a text that is no template.
         """
         if pattern.strip() == CHAT:
             return cls._chat(chat_fields(columns), base)
@@ -58,7 +58,7 @@ class Template:
         if any(field == "" or spec or conversion for _, field, spec, conversion in pieces):
             raise UserError(f"The template {pattern!r} cannot be read: braces hold the name of a field and nothing else.")
         parts, tail = [], ""
-        for words, field, _, _ in pieces:  # doubled braces come in pieces without a field
+        for words, field, _, _ in pieces:  # a doubled brace gives a piece without a field
             tail += words
             if field:
                 parts.append((tail, field))
@@ -76,18 +76,18 @@ class Template:
 
     @classmethod
     def _chat(cls, fields, base):
-        """The base model's chat template around two fields, or one of whole chats, without a system line of its own."""
+        """The base model's chat template around two fields, or around whole chats. Its own system line is left out."""
         ask, middle, tail, reply, between = chat_words(base) if base else [""] * 5
         if len(fields) == 1:
             return WholeChats(f"{CHAT} {{{fields[0]}}}", fields[0], cls._chat(["question", "answer"], base), base)
         question, answer = fields
         template = cls(f"{CHAT} {{{question}}} {{{answer}}}", [(ask, question), (middle, answer)], tail)
-        template.reply, template.between = Literal(reply), Literal(between)  # to the letter
+        template.reply, template.between = Literal(reply), Literal(between)  # exactly as the model's template has them
         return template
 
     @classmethod
     def _document(cls, field, base):
-        """A text as it stands, asked in the base model's chat template, or gone on with where it has none."""
+        """A text as it stands. Questions use the base model's chat template. Without one, an answer continues the message."""
         chat = cls._chat(["question", "answer"], base) if base and base.tokenizer.chat_template else None
         return Document(f"{DOCUMENT} {{{field}}}", field, chat)
 
@@ -97,9 +97,9 @@ class Template:
         return [*text, self.tail] if self.tail else text
 
     def prompt(self, message, turns=()):
-        """The text that an answer continues, as strings and Literals; turns are earlier (message, answer) pairs.
+        """The text that an answer continues, as strings and Literals. turns: earlier (message, answer) pairs.
 
-        Fields before the question (a title, say) have no counterpart in a chat. They are left out with their words.
+        A chat has no fields before the question, such as a title. They are left out with their words.
         """
         if len(self.parts) == 1:
             return [self.header, "\n".join([*(text for turn in turns for text in turn), message])]
@@ -108,32 +108,32 @@ class Template:
         return [*text, self.header, message, self.reply]
 
     def answered(self, message, answer, turns=()):
-        """The text of `prompt` with an answer behind it, as strings and Literals."""
+        """The text of `prompt` followed by an answer, as strings and Literals."""
         words = self.parts[-1][0]
         gap = words[len(self.reply):] if words.startswith(self.reply) else ""
-        gap = " " if len(self.parts) == 1 else gap  # an answer to a text without fields goes on from the message
+        gap = " " if len(self.parts) == 1 else gap  # with a single field the answer continues the message
         return [*self.prompt(message, turns), gap + answer, *([self.tail] if self.tail else [])]
 
     def ends(self, base):
-        """The ids of the tokens that end an answer: the base's own, and a special token that stands behind the answer."""
+        """The ids of the tokens that end an answer: the base's own, and a special token right after the answer."""
         mark = base.marks and base.marks.match(self.tail.lstrip())
         return base.ends | ({base.tokenizer.convert_tokens_to_ids(mark[0])} if mark else set())
 
     def stops(self, base):
-        """Texts at which an answer ends: what begins a next field or turn, and plain words behind the answer.
+        """Texts that end an answer: the header of a next field or turn, and plain words after the answer.
 
-        A header such as "Q:" or "### Answer" is such a text. A letter, a word, a dash or a number may begin a line of an answer
-        too, so it ends none; and a single mark behind the answer, such as a full stop, ends it as `closing` does.
+        "Q:" and "### Answer" are headers. A letter, a word, a dash or a number is not: a line of an answer may begin with it.
+        One or two characters after the answer, such as a full stop, are left to `closing`.
         """
         headers = {"\n" + words.strip() for words, _ in self.parts if is_header(words.strip()) and plain(words, base)}
         return sorted(headers | ({self.tail.rstrip()} if plain(self.tail, base) and len(self.tail.strip()) > 2 else set()))
 
     def closing(self, base):
-        """Plain words behind the answer that end it only where the text ends; "" if they are a stop text."""
+        """One or two plain characters after the answer, which end it only where the text ends; "" if there are none."""
         return self.tail.rstrip() if plain(self.tail, base) and len(self.tail.strip()) <= 2 else ""
 
     def title(self, example):
-        """What a passage of an example is called: its first field, which mostly is its title or question."""
+        """The title of an example's passages: its first field, mostly a title or a question."""
         return " ".join(example.row[self.fields[0]].split())
 
     def question(self, example):
@@ -146,35 +146,35 @@ class Template:
 
 
 class WholeChats(Template):
-    """Chats of any number of turns in the base model's chat template; the one field holds lists of {"role", "content"}."""
+    """Chats of any number of turns in the base model's chat template. The one field holds lists of {"role", "content"}."""
 
     def __init__(self, pattern, field, asked, base):
         super().__init__(pattern, [(asked.parts[0][0], field)], asked.tail)
         self.asked, self.whole_chats, self.base = asked, True, base
 
     def render(self, row):
-        """The whole text of one chat, as strings and Literals; raises UserError for one that the chat template refuses."""
+        """The whole text of one chat, as strings and Literals. Raises UserError if the chat template refuses it."""
         messages = row[self.fields[0]]
         roles = ", ".join(message["role"] for message in messages)
         try:
             text = self._marked(messages)
-        except Exception as error:  # a chat template is a program of its own
+        except Exception as error:  # a chat template is a program and may raise anything
             if messages[0]["role"] != "system" or len(messages) < 2:
                 raise UserError(f"The chat template of {self.base.name} refuses a chat of {roles}: "
                                 f"{one_line(error)[:120].rstrip('.')}.") from None
-            told = "\n\n".join(message["content"] for message in messages[:2])  # a model that knows no system message
+            told = "\n\n".join(message["content"] for message in messages[:2])  # for a model without system messages
             return self.render({self.fields[0]: [messages[1] | {"content": told}, *messages[2:]]})
         words, numbers = text[::2], text[1::2]
         if [int(number) for number in numbers] != list(range(len(messages))):
             raise UserError(f"The chat template of {self.base.name} leaves out a message of a chat of {roles}.")
         if messages[0]["role"] == "user":
-            words[0] = self.asked.header  # without a system line of the template's own
+            words[0] = self.asked.header  # leaves out the template's own system line
         contents = [message["content"] for message in messages]
         text = [piece for own, content in zip(words, contents, strict=False) for piece in (Literal(own), content)]
         return [*text, Literal(words[-1])]
 
     def _marked(self, messages):
-        """[words, number of a message, words, ..., words] of the chat template around the messages' numbers."""
+        """[words, message number, words, ..., words]: the chat template's words around the numbers of the messages."""
         marked = [{"role": message["role"], "content": f"{Q}{number}{A}"} for number, message in enumerate(messages)]
         return re.split(f"{Q}(\\d+){A}", self.base.tokenizer.apply_chat_template(marked, tokenize=False))
 
@@ -190,7 +190,7 @@ class WholeChats(Template):
 
 
 class Document(Template):
-    """A text that is read as it stands, and asked in the base model's chat template, or gone on with where there is none."""
+    """A text that is read as it stands. asked: the chat template for questions; if None, an answer continues the message."""
 
     def __init__(self, pattern, field, asked):
         super().__init__(pattern, [("", field)])
@@ -207,18 +207,18 @@ class Document(Template):
 
 
 def plain(words, base):
-    """Whether words hold more than space and no special token."""
+    """Whether words are more than space and hold no special token."""
     return bool(words.strip()) and not (base.marks and base.marks.search(words))
 
 
 def is_header(words):
-    """Whether words are so marked that they begin no line of an answer by chance."""
+    """Whether words look like a header, with which no line of an answer begins by chance."""
     letters = sum(map(str.isalpha, words))
     return letters > 0 and (words.endswith((":", "\uff1a")) or (letters >= 3 and not (words[0].isalnum() and words[-1].isalnum())))
 
 
 def chat_fields(columns):
-    """The names of the field of whole chats, or of question and answer, among a dataset's columns; raises UserError for none."""
+    """The column of whole chats, or the columns of question and answer, as a list. Raises UserError if there are none."""
     lower = {name.lower(): name for name in columns}
     if MESSAGES in lower:
         return [lower[MESSAGES]]
@@ -230,7 +230,7 @@ def chat_fields(columns):
 
 
 def usual_template(columns):
-    """The template of a dataset with these columns when none is given; raises UserError where none can be told."""
+    """The default template for a dataset with these columns. Raises UserError if there is none."""
     if set(Template.parse(ORIGINAL).fields) <= set(columns):
         return ORIGINAL
     try:
@@ -243,9 +243,9 @@ def usual_template(columns):
 
 
 def chat_words(base):
-    """(words before a question, between question and answer, behind an answer, at the end of a prompt, between two turns).
+    """(words before a question, between question and answer, after an answer, at the end of a prompt, between two turns).
 
-    They are read off a conversation of marks. Raises UserError for a model without a chat template.
+    They are read from a conversation of marks. Raises UserError for a model without a chat template.
     """
     q, a = Q, A
     turns = [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
@@ -256,11 +256,11 @@ def chat_words(base):
         tail, reply = once.rpartition(a)[2], begun.partition(q)[2]
         between = twice[twice.index(a) + 1:twice.rindex(q)]  # what ends one turn and begins the next
         middle = once[once.rindex(q) + 1:once.rindex(a)]
-        if middle.startswith(reply) and middle[len(reply):].strip():  # words of the model's own, such as an empty thought
+        if middle.startswith(reply) and middle[len(reply):].strip():  # words that the template adds, such as an empty thought
             reply = middle
         ask = between[len(tail.rstrip()):].lstrip()
         assert between.startswith(tail.rstrip()) and middle and reply
-    except Exception as error:  # a chat template is a program of its own and may fail in any way
+    except Exception as error:  # a chat template is a program and may raise anything
         raise UserError(f"The model {base.name} has no chat template for questions and answers ({one_line(error)[:100]}); "
                         "write a --template with fields.") from None
     return ask, middle, tail, reply, between[:len(between) - len(ask)]
@@ -268,9 +268,9 @@ def chat_words(base):
 
 @dataclass
 class Window:
-    """A stretch of one example that the base model reads at once.
+    """Consecutive positions of one example that the base model reads at once.
 
-    Its first `skip` positions only give context; every later one but the last is the key of an entry.
+    The first `skip` positions only give context. Each later one, except the last, is the key of an entry.
     """
 
     example: int
@@ -280,7 +280,7 @@ class Window:
 
 
 def make_windows(example, ids, max_length, skip):
-    """Windows of at most max_length ids that together make an entry of every position from `skip` on.
+    """Windows of at most max_length ids. Together they make one entry of every position from `skip` on.
 
     Each window after the first starts with BOS and repeats a quarter of a window for context.
     """
@@ -297,7 +297,7 @@ def make_windows(example, ids, max_length, skip):
 
 
 def shared_prefix(ids, template_ids):
-    """How many leading ids are template and nothing else."""
+    """How many leading ids equal those of the template."""
     count = 0
     while count < min(len(ids), len(template_ids)) and ids[count] == template_ids[count]:
         count += 1
@@ -310,7 +310,7 @@ def encode_row(base, template, row):
 
 
 def encode_to_end(base, template, text):
-    """Token ids of a text that a template's tail ends, from BOS to the token that ends its answer."""
+    """Token ids of a text that ends with a template's tail, from BOS to the token that ends its answer."""
     ids, ends = base.encode(text), template.ends(base)
     tail = len(base.encode([template.tail])) if template.tail else 0
     for i in range(max(1, len(ids) - tail), len(ids)):
@@ -320,7 +320,7 @@ def encode_to_end(base, template, text):
 
 
 def windows_of_sources(base, examples, templates, max_length, positions="all"):
-    """All windows of all examples, source after source, so that what is added later stands behind what was there."""
+    """All windows of all examples, source after source, so that a source added later comes last."""
     windows = []
     for source, template in enumerate(templates):
         own = [number for number, example in enumerate(examples) if example.source == source]
@@ -329,9 +329,9 @@ def windows_of_sources(base, examples, templates, max_length, positions="all"):
 
 
 def windows_of(base, rows, template, max_length, positions="all", numbers=None):
-    """All windows of all rows, longest first, so that what does not fit in memory shows at once.
+    """All windows of all rows, longest first, so that a lack of memory shows at once.
 
-    numbers: those of the rows as examples, if not from 0.
+    numbers: each row's example number; default: counted from 0.
     """
     prefix = base.encode([Literal(template.parts[0][0].rstrip(" "))])
     windows = []
@@ -346,7 +346,7 @@ def windows_of(base, rows, template, max_length, positions="all", numbers=None):
 
 
 class Entries(NamedTuple):
-    """What is known of N entries beside their keys, window after window."""
+    """The data of N entries besides their keys, window after window."""
 
     values: np.ndarray  # (N,) int32, the next token
     example: np.ndarray  # (N,) int32, which row

@@ -3,8 +3,8 @@
     python train_memory_decoder.py --demo        # embedded model and data, no network
     python train_memory_decoder.py               # google/gemma-2b and the legal Q&A dataset of the hub
 
-Every stage keeps its result under <output_dir>/stages, so a run that was stopped goes on where it was, and
-a stage whose inputs have not changed is not run again. Artefacts are replaced only when all is done.
+Every stage keeps its result under <output_dir>/stages. So a stopped run goes on where it was, and a stage
+whose inputs have not changed is not run again. Artefacts are replaced only when all stages are done.
 """
 
 import json
@@ -52,13 +52,13 @@ from texts import entries_of, windows_of_sources
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), "template": "chat {Question} {Answer}",
         "output_dir": str(HERE / "demo/trained_models"), "max_length": 512, "batch_size": 4, "context": 64,
-        # A chat asks about what is stored: many passes, a high rate, no dropout and little KL remember it word for word.
+        # A chat asks about stored text. Many epochs, a high learning rate, no dropout and little KL teach it word for word.
         "num_epochs": 5, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.15}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
 CHECKPOINT_SECONDS = 120
-# Added text is learned at half the rate, and with four windows of the old text beside each of its own: at the whole rate, with
-# one beside, a small memory unlearns much of what it knew.
+# Added text is learned at half the learning rate, with four windows of old text for each new one. At the full learning rate,
+# with one window of old text, a small memory forgets much of what it knew.
 REPLAYED, GROWING_RATE = 4, 0.5
 
 
@@ -68,39 +68,39 @@ class Options:
     dataset: str = option("ibunescu/qa_legal_dataset_train", "hub id, hub id:configuration, a JSON, CSV or Parquet file, a text, "
                                                              "Markdown or PDF document, or a folder of them")
     split: str | None = option(None, "split of the dataset; default: train")
-    template: str | None = option(None, "text of one row: words and {fields}, the last field being the answer and the one before "
-                                        "it the question; or 'chat {question} {answer}', 'chat {messages}': the model's own chat "
-                                        "template; or 'document {text}'; default: by the names of the fields")
-    validation_dataset: str | None = option(None, "held-out rows, given as --dataset is; default: a share of the dataset")
-    validation_split: str | None = option(None, "split that holds them, of --validation_dataset or of the dataset itself")
+    template: str | None = option(None, "text of one row: words and {fields}; the last field is the answer, the one before it the "
+                                        "question; or 'chat {question} {answer}' or 'chat {messages}': the model's own chat "
+                                        "template; or 'document {text}'; default: chosen by the names of the fields")
+    validation_dataset: str | None = option(None, "held-out rows, named like --dataset; default: a share of the dataset")
+    validation_split: str | None = option(None, "split with the held-out rows, of --validation_dataset or of the dataset itself")
     validation_fraction: float = option(0.05, "share of the different answers held out (at least 2 rows, at most 200)")
-    max_examples: int | None = option(None, "use only so many training rows")
+    max_examples: int | None = option(None, "use at most this many training rows")
     max_length: int = option(128, "tokens the base model reads at once; longer texts are read in several windows")
     positions: str = option("all", "'all' positions become entries, or the 'last' of each row", choices=["all", "last"])
     k: int = option(32, "neighbours per entry (the original's K)")
     index: str = option("auto", "faiss factory string, e.g. Flat or IVF1024,SQfp16; auto chooses by size")
-    knn_temperature: float | None = option(None, "of the kNN weights, in squared distance; inf: equal votes; "
+    knn_temperature: float | None = option(None, "temperature of the kNN weights, in squared distance; inf: equal votes; "
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
-    context: int = option(128, "query states that attention reaches back; 1 reads each alone")
+    context: int = option(128, "hidden states that attention reaches back; 1 reads each alone")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
-    head_init: str = option("base", "output projection starts as the base model's head, for the tokens that some entry holds, or, "
-                                    "for all tokens, at random", choices=["base", "random"])
+    head_init: str = option("base", "output projection starts as the base model's head, for tokens that some entry holds ('base'), "
+                                    "or at random, for all tokens ('random')", choices=["base", "random"])
     dropout: float = option(0.1, "share of the first layer's input and of each layer's output dropped in training")
     num_epochs: int = option(3, "passes over all entries (NUM_EPOCHS)")
     decoder_lr: float = option(1e-3, "peak learning rate of AdamW (DECODER_LR)")
     weight_decay: float = option(0.01, "AdamW's weight decay")
-    batch_size: int = option(16, "windows a step")
+    batch_size: int = option(16, "windows in a training step")
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
-    add: str | None = option(None, "file, folder or dataset that the memory in --output_dir shall learn as well")
-    forget: str | None = option(None, "document, table, or row (table:number) that the memory in --output_dir shall forget")
-    dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"])
+    add: str | None = option(None, "file, folder or dataset to add to the memory in --output_dir")
+    forget: str | None = option(None, "document, table, or row (table:number) to remove from the memory in --output_dir")
+    dtype: str = option("auto", "number format of the base model", choices=["auto", "float32", "bfloat16", "float16"])
     device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     seed: int = option(0, "seed of weights, order and the held-out share")
     demo: bool = option(False, "train on the embedded model and data: no network, no account")
     original: bool = option(False, "the original demo's recipe as defaults: lr 1e-4, context 1, post-norm, random head, "
-                                   "equal votes, one entry a row; goes before --demo's")
+                                   "equal votes, one entry a row; these win over --demo's")
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
@@ -145,7 +145,7 @@ def build_datastore(options, base, corpus, windows, entries, stage, earlier):
 def build_neighbours(options, keys, entries, examples, factory, stages, earlier=None):
     """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore.
 
-    earlier: the memory whose entries are the first of these.
+    earlier: the memory whose entries come first among these.
     """
     grown = earlier.found("index", "neighbours") if earlier else None
     if stages.index.begin():
@@ -168,9 +168,9 @@ def build_neighbours(options, keys, entries, examples, factory, stages, earlier=
 
 
 def epoch_batches(lengths, batch_size, seed, epoch, known=0):
-    """Lists of window numbers for one epoch: shuffled, yet with windows of like length together to save padding.
+    """Lists of window numbers for one epoch: shuffled, but with windows of similar length together to save padding.
 
-    Of the first `known` windows, which are learned already, REPLAYED take part for each of the others, drawn anew each epoch.
+    The first `known` windows are learned already. REPLAYED of them take part for each new window, drawn anew each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order, pool = rng.permutation(len(lengths)), 32 * batch_size
@@ -189,7 +189,7 @@ class Batches:
     """Training tensors by window numbers, from the memory-mapped keys and neighbours."""
 
     def __init__(self, keys, entries, neighbours, temperature, seen):
-        """seen: token ids (V',), ascending; values and neighbours are given as places among them."""
+        """seen: token ids (V',), ascending. Values and neighbours are given as places among them."""
         self.keys, self.offsets, self.temperature = keys, entries.offsets, temperature
         self.places = np.searchsorted(seen, entries.values)
         self.D = np.load(neighbours / "neighbours_D.npy", mmap_mode="r")
@@ -208,7 +208,7 @@ class Batches:
 
 
 def make_decoder(options, base, keys, entries, earlier=None):
-    """A MemoryDecoder as it is before training; earlier: the one that goes on learning."""
+    """The MemoryDecoder before training. earlier: the one that goes on learning, if there is one."""
     torch.manual_seed(options.seed)
     known = options.head_init == "base"
     seen, share = seen_tokens(entries) if known else (np.arange(base.vocabulary), 0.0)
@@ -224,9 +224,9 @@ def make_decoder(options, base, keys, entries, earlier=None):
 
 
 def train_decoder(options, base, keys, entries, stages, accelerator, earlier=None, known=0):
-    """Stage 4: fit the MemoryDecoder; a checkpoint every two minutes and at each epoch's end.
+    """Stage 4: train the MemoryDecoder. Saves a checkpoint every two minutes and at the end of each epoch.
 
-    earlier: a MemoryDecoder that has learned the first `known` windows and goes on from there.
+    earlier: a MemoryDecoder that has learned the first `known` windows and goes on learning.
     """
     stage = stages.decoder
     decoder = make_decoder(options, base, keys, entries, earlier)
@@ -275,14 +275,14 @@ def training_temperature(options, neighbours):
 
 
 def make_report(options, base, store, held, held_windows, stages, factory, changed=None):
-    """Stage 5: score the held-out rows; writes metrics.json, report.md and the plots, prints the table, returns the metrics.
+    """Stage 5: score the held-out rows. Writes metrics.json, report.md and the plots, prints the table, returns the metrics.
 
-    changed: what tells, of the new decoder, how it differs from the earlier one.
+    changed: a function of the new decoder that returns what the change did, as plain data.
     """
     if stages.report.begin():
         decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
         trained_with = temperature = training_temperature(options, stages.neighbours)
-        if math.isinf(temperature):  # equal votes have no temperature to vary: compare with kNN-LM at the usual one
+        if math.isinf(temperature):  # equal votes have no temperature to vary, so kNN-LM gets the default
             temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
         if options.head_init == "base":
             evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
@@ -311,7 +311,7 @@ def make_report(options, base, store, held, held_windows, stages, factory, chang
 
 
 def check_neighbours(options, entries):
-    """Raise UserError unless K neighbours exist outside every example."""
+    """Raise UserError unless at least K entries lie outside every example."""
     total = len(entries.values)
     outside = total - int(np.bincount(entries.example).max()) if total else 0
     if options.k > outside:
@@ -320,10 +320,10 @@ def check_neighbours(options, entries):
 
 
 def run(options):
-    """All stages; raises UserError for whatever the user can mend."""
+    """Run all stages. Raises UserError for errors that the user can fix."""
     options.check()
     device = pick_device(options.device)
-    if "LOCAL_RANK" not in os.environ:  # one of several processes gets a device of its own
+    if "LOCAL_RANK" not in os.environ:  # accelerate gives each of several processes its own device
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if fast_bfloat16(device) else "no",
@@ -340,7 +340,7 @@ def run(options):
 
 
 def make_memory(options, base, corpus, earlier, claim, accelerator):
-    """The stages of a Corpus, one after the other; earlier: the memory that this one changes, if there is one."""
+    """Run the stages of a Corpus in order. earlier: the memory that this run changes, if there is one."""
     if options.max_length > base.max_positions:
         raise UserError(f"--max_length {options.max_length} is more than the {base.max_positions} positions of {base.name}.")
     templates, output = corpus.templates(base), Path(options.output_dir)

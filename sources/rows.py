@@ -1,4 +1,4 @@
-"""Rows: the text in the records of a table, and what of it is held out.
+"""Rows: the text in the records of a table, and which rows are held out.
 
 No value is interpreted: 0071 stays 0071, and true stays true.
 """
@@ -12,20 +12,20 @@ from sources.tables import TEXT, Number, is_chat
 from support.command import UserError, whole_text
 
 MOST_VALIDATION_ROWS = 200
-LONG_ANSWER = 100  # characters from which two equal answers are one answer to two questions
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
+LONG_ANSWER = 100  # characters; equal answers of at least this length are one answer to two questions
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
 
 
 class Example(NamedTuple):
-    """A row, a chat or a part of a document: what never learns from itself."""
+    """A row, a chat or a part of a document. An example never learns from itself."""
 
     name: str  # table:row, or document, or document:part
     row: dict  # field -> text; the field of a chat -> list of {"role", "content"}
-    source: int = 0  # which of the memory's sources; each has its own template
+    source: int = 0  # number of its source in the memory; each source has its own template
 
 
 def plain_text(value):
-    """The text of a value, as it stands in the file; "" for a missing one. Raises ValueError that names what has no text."""
+    """The text of a value, as it stands in the file; "" for a missing one. Raises ValueError with its kind if it has no text."""
     if isinstance(value, str):
         return whole_text(str(value)).strip()
     if value is None or value == []:
@@ -56,7 +56,7 @@ def kind_of(value):
 
 
 def messages_of(value):
-    """A chat as a list of {"role", "content"}, from TRL's form or ShareGPT's. Raises ValueError that names what is no chat."""
+    """A chat as a list of {"role", "content"}, from TRL's form or ShareGPT's. Raises ValueError with its kind if it is no chat."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(kind_of(value) if value else "nothing")
     messages = []
@@ -71,12 +71,12 @@ def messages_of(value):
 
 
 def document(name):
-    """The name of the document or table that an example of that name comes from."""
+    """The name of the document or table of the example with this name."""
     return name.rsplit(":", 1)[0] if name.rpartition(":")[2].isdigit() else name
 
 
 def find(record, field):
-    """The value of a field; a.b is b within a, unless a field has that very name."""
+    """The value of a field. a.b is b within a, unless there is a field named a.b."""
     if field in record or "." not in field:
         return record.get(field)
     first, rest = field.split(".", 1)
@@ -84,9 +84,9 @@ def find(record, field):
 
 
 def read_rows(table, template, source=0):
-    """The Examples of a table: of each record the template's fields; records that lack one are left out.
+    """The Examples of a table: the template's fields of each record. Records with an empty field are left out.
 
-    Raises UserError for a field that is not there, or holds no text.
+    Raises UserError for a field that does not exist or holds no text.
     """
     names = {field: field if field in table.columns else field.split(".")[0] for field in template.fields}
     missing = [field for field, column in names.items() if column not in table.columns]
@@ -108,7 +108,7 @@ def read_rows(table, template, source=0):
 
 
 def value_of(table, name, field, value, whole_chats):
-    """The text of a value, or its messages; raises UserError where it has none."""
+    """The text of a value, or its messages. Raises UserError if it has none."""
     try:
         if whole_chats:
             return messages_of(value) if value else []
@@ -127,17 +127,17 @@ def words(value):
 
 
 def telltale(row, template):
-    """What must not stand on both sides of the split: the text (data repeat rows), and an answer too long to be chance."""
+    """Texts that must not be on both sides of the split: the whole text, since data repeat rows, and a long answer."""
     answer = row[template.fields[-1]]
     answer = answer if isinstance(answer, str) else answer[-1]["content"]
     return ["\0".join(map(words, row.values())), *([answer] if len(answer) >= LONG_ANSWER else [])]
 
 
 def split_rows(examples, held, template, fraction, most, seed, source=""):
-    """(training examples, validation examples); those held out never enter the datastore.
+    """(training examples, held-out examples). Held-out examples never enter the datastore.
 
-    held: validation examples of their own, or None to draw a share. Rows with one text or one long answer are drawn as one: the
-    first is held out and its twins are left out. Raises UserError when fewer than 2 are left of either.
+    held: separate held-out examples, or None to draw a share. Rows with the same text, or the same long answer, are drawn as one:
+    the first is held out and the others are left out. Raises UserError if fewer than 2 are left of either.
     """
     draw = np.random.default_rng(seed)
     if held is not None:
@@ -160,7 +160,7 @@ def split_rows(examples, held, template, fraction, most, seed, source=""):
 
 
 def check_enough(kept, held, source):
-    """Raise UserError for too few examples."""
+    """Raise UserError if there are too few examples."""
     if kept < 2 or held < 2:
         raise UserError(f"The dataset {source} is too small: {kept} rows to train on and {held} held out; "
                         "at least 2 of each are needed, since an example never learns from itself.")

@@ -1,4 +1,4 @@
-"""What people have -> tables of records as they stand there: files, folders of documents, datasets of the hub."""
+"""Files, folders of documents, datasets of the hub -> tables of records, with values as they stand there."""
 
 import csv
 import gzip
@@ -16,10 +16,10 @@ import pyarrow.parquet
 from support import hub
 from support.command import UserError, one_line, whole_text
 
-PART = 4000  # characters of a document that are one example
-LEAST_PART = 200  # to which a part shrinks where there is little text, since an example never learns from itself
-FEWEST, ENOUGH = 4, 8  # examples that any training needs, and those into which a single document is cut at least
-MESSAGES = "messages"  # the field of a chat, in TRL's name
+PART = 4000  # characters of a document that are one example, at most
+LEAST_PART = 200  # smaller limit for little text: an example never learns from itself, so there must be several
+FEWEST, ENOUGH = 4, 8  # with fewer parts than FEWEST, documents are cut smaller until there are ENOUGH
+MESSAGES = "messages"  # the field of a chat, as TRL names it
 TEXT = "text"  # the field of a document
 
 
@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
     name: str
     columns: list
-    fetch: Callable  # fetch(some columns) -> list of dicts; a column that nobody asks for is never converted
+    fetch: Callable  # fetch(some columns) -> list of dicts; other columns are never converted
     names: list | None = None  # of the records, where they have names
     texts: dict | None = None  # name -> whole text, of documents
 
@@ -36,9 +36,9 @@ class Table(NamedTuple):
 def read_table(source, split=None):
     """The Table of a file, a folder, or a dataset of the hub.
 
-    source: a .json, .jsonl, .csv, .tsv or .parquet file, a .txt, .md or .pdf document or a folder of them, a folder that
-    datasets saved, or a hub id or a folder in the hub's layout, these two with :configuration behind where there are several.
-    split: "train" unless told. Raises UserError for what cannot be read.
+    source: a .json, .jsonl, .csv, .tsv or .parquet file; a .txt, .md or .pdf document, or a folder of them; a folder that
+    datasets saved; a hub id, or a folder in the hub's layout. The last two end in :configuration if there are several.
+    split: default "train". Raises UserError for what cannot be read.
     """
     return with_whole_chats(read_source(source, split))
 
@@ -54,7 +54,7 @@ def read_source(source, split):
             return read_saved(path, split)
         documents, tables = files_of_kind(path, DOCUMENTS), files_of_kind(path, TABLES)
         notes = [file for file in documents if file.name != "README.md"]
-        # A README.md is about the data, if there are any; and a JSON file among documents is seldom a table.
+        # Beside other files, a README.md only describes them. A JSON file among documents is seldom a table.
         if (notes and all(kind_of_file(file) == ".json" for file in tables)) or (documents and not notes and not others_in(path)):
             if split:
                 raise UserError(f"The folder {source} holds documents and has no splits; leave the split out.")
@@ -75,12 +75,12 @@ def others_in(folder):
 
 
 def kind_of_file(path):
-    """The suffix of a file, without that of its packing."""
+    """The suffix of a file, without .gz."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def with_whole_chats(table):
-    """The table with its chats under one name: TRL's prompt and completion put together, ShareGPT's conversations."""
+    """The table with its chats in the field MESSAGES: TRL's prompt and completion joined, or ShareGPT's conversations."""
     def whole(columns):
         return [{MESSAGES: together([record.get(name) for name in found])} for record in table.fetch(found)]
 
@@ -93,7 +93,7 @@ def with_whole_chats(table):
 
 
 def together(values):
-    """Chats as one chat; what is no chat stays as it is, to be named where it is read."""
+    """Several chats as one chat. A value that is no chat is returned as it is; reading it reports the error."""
     wrong = [value for value in values if value and not is_chat(value)]
     return wrong[0] if wrong else [message for value in values for message in value or []]
 
@@ -112,13 +112,13 @@ def one_and_more(files):
 
 
 def files_of_kind(folder, kinds):
-    """Files below a folder with one of the suffixes, hidden ones left out, by name."""
+    """Files below a folder with one of the suffixes, sorted by name. Hidden files are left out."""
     return sorted(file for file in folder.rglob("*") if kind_of_file(file) in kinds and file.is_file()
                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def read_file(path, kind=None):
-    """The Table of one file; kind: its suffix, if it is not the name's own."""
+    """The Table of one file. kind: its suffix, if the name does not have it."""
     kind = kind or kind_of_file(path)
     if kind in DOCUMENTS:
         return read_documents(path.name, [path], path.parent)
@@ -208,12 +208,12 @@ def objects(path, found, noun):
 
 
 def read_csv(path):
-    """The Table of a file of values that commas, semicolons or tabs separate, its header in the first line."""
+    """The Table of a CSV file with a header. Values are separated by commas, semicolons or tabs."""
     text = decoded(path)
     header = text.split("\n", 1)[0]
     mark = "\t" if ".tsv" in path.suffixes else max(",;\t", key=header.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    csv.field_size_limit(2**31 - 1)  # the most on every system
+    csv.field_size_limit(2**31 - 1)  # the highest limit that every system takes
     columns, records = [name.strip() for name in next(lines)], []
     twice = [name for name in columns if name and columns.count(name) > 1]
     if twice:
@@ -249,7 +249,7 @@ def read_pdf(path):
     try:
         found = datasets.Dataset.from_dict({"pdf": [str(path)]}).cast_column("pdf", datasets.Pdf())[0]["pdf"]
         return "\n\n".join(page.extract_text() for page in found.pages)
-    except Exception as error:  # a PDF reader meets many kinds of damage
+    except Exception as error:  # a damaged PDF raises many kinds of error
         raise UserError(f"The PDF file {path} cannot be read: {reason(error)}.") from None
 
 
@@ -257,7 +257,7 @@ DOCUMENTS = {".txt": read_text, ".md": read_text, ".pdf": read_pdf}
 
 
 def read_documents(name, files, folder):
-    """The Table of documents, named by their path in the folder: a record a file, or several where a file is long."""
+    """The Table of documents, named by their path in the folder. A file is one record, or several if it is long."""
     texts = {whole_text(file.relative_to(folder).as_posix()): DOCUMENTS[kind_of_file(file)](file).strip() for file in files}
     empty = [Path(file) for file, text in texts.items() if not text]
     if empty:
@@ -266,7 +266,7 @@ def read_documents(name, files, folder):
 
 
 def table_of_documents(name, texts, most):
-    """The Table of documents' texts by their names, in parts of at most `most` characters."""
+    """The Table of documents, cut into parts of at most `most` characters. texts: name -> text."""
     parts = {file: cut(text, most) for file, text in texts.items()}
     names = [file if len(found) == 1 else f"{file}:{number}" for file, found in parts.items()
              for number in range(1, len(found) + 1)]
@@ -275,7 +275,7 @@ def table_of_documents(name, texts, most):
 
 
 def in_smaller_parts(table):
-    """The table itself, or with its documents in smaller parts where they are too few to train on."""
+    """The table, with its documents cut into smaller parts if they are too few to train on."""
     most = PART
     while table.texts and len(table.names) < (FEWEST if most == PART else ENOUGH) and most // 2 >= LEAST_PART:
         most //= 2
@@ -301,7 +301,7 @@ def read_saved(path, split):
     """The Table of a folder that datasets saved to disk."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of error
         raise UserError(f"The saved dataset {path} cannot be read: {reason(error)}.") from None
     if isinstance(saved, datasets.DatasetDict):
         return typed(path.name, saved[the_split(path, split, saved)])
@@ -311,7 +311,7 @@ def read_saved(path, split):
 
 
 def the_split(source, split, there):
-    """The name of a split that is there; raises UserError with those that are."""
+    """The name of the split, "train" by default. Raises UserError with the existing splits if it is not one of them."""
     if (split or "train") not in map(str, there):
         raise UserError(f"The dataset {source} has no split {split or 'train'}; it has {', '.join(map(str, there))}. Name one with "
                         "--split.")
@@ -319,14 +319,14 @@ def the_split(source, split, there):
 
 
 def typed(name, table):
-    """The Table of a datasets.Dataset; audio and pictures are not decoded."""
+    """The Table of a datasets.Dataset. Audio and pictures are not decoded."""
     return Table(name, table.column_names, lambda columns: table.select_columns(columns).with_format("arrow")[:].to_pylist())
 
 
 def read_layout(source, split):
     """The Table of a hub dataset, or of a folder in the hub's layout.
 
-    What the hub keeps as JSON or CSV files is read here, since datasets takes what looks like a date or a number for one.
+    JSON and CSV files are read here, since datasets would convert text that looks like a date or a number.
     """
     name, _, configuration = source.rpartition(":")
     if not name or Path(source).expanduser().is_dir():  # a folder's own name may hold a colon
@@ -350,14 +350,14 @@ def read_layout(source, split):
             files = datasets.DownloadManager().download_and_extract(list(urls))
             return joined(title, [read_file(Path(file), kind) for file in files])
         return typed(title, datasets.load_dataset(name, configuration or None, split=split))
-    except Exception as error:  # the loader raises many kinds, and all of them speak of the dataset that was named
+    except Exception as error:  # the loader raises many kinds of error, all about the named dataset
         if isinstance(error, UserError):
             raise
         raise UserError(explain_layout_error(source, name, error)) from None
 
 
 def joined(name, tables):
-    """One Table of several that were read whole."""
+    """One Table with all records of several."""
     return table_of(name, [record for table in tables for record in table.fetch(table.columns)])
 
 

@@ -1,4 +1,4 @@
-"""The command line of both scripts: a dataclass as options, and a user's error as one sentence."""
+"""The command line of both scripts: options from a dataclass, and a user's error as one sentence."""
 
 import sys
 from dataclasses import field
@@ -7,7 +7,7 @@ from transformers import HfArgumentParser
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that says how."""
+    """An error that the user can fix. The message is one sentence that says how."""
 
 
 def option(default, text, **more):
@@ -18,8 +18,8 @@ def option(default, text, **more):
 def parse_options(options, description, arguments, presets):
     """Return an `options` dataclass filled from command-line arguments (None: those of this process).
 
-    presets: {flag: {name: default}}. A flag that is set changes defaults, so a value given beside it wins. In place of the
-    defaults may stand a function that returns them from what the flags before it have led to.
+    presets: {flag: {name: default}}. A flag that is set changes only defaults, so a value that is given wins. The defaults
+    may also be a function of the options so far that returns them.
     """
     parser = HfArgumentParser(options, description=description, allow_abbrev=False)
 
@@ -36,9 +36,9 @@ def parse_options(options, description, arguments, presets):
 
 
 def whole_text(text):
-    """The text with each lone half of a surrogate pair as U+FFFD, and two halves that belong together as their character.
+    """The text without surrogates: a pair becomes its character, a lone one becomes U+FFFD.
 
-    JSON may hold such halves, and Python makes one of each byte of an argument that is no UTF-8. No tokenizer takes them.
+    JSON may hold surrogates, and Python makes one of each argument byte that is not UTF-8. No tokenizer accepts them.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub, or the way to it, answered instead of a model or dataset: one sentence that says what to do."""
+"""Errors of the Hugging Face hub and of the connection to it. Each becomes one sentence that says what to do."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 TOKENS = "https://huggingface.co/settings/tokens"
 SAID_OF_TOKENS = ("invalid credentials", "expired", "access token", "invalid token")
-# By kind: its page on the hub, where else it may lie, what to name instead, and what else can be done.
+# By kind: its page on the hub, where else it may be, its flag, what to name instead, and what to do without the hub.
 PAGES = {"model": "https://huggingface.co/", "dataset": "https://huggingface.co/datasets/"}
 PLACES = {"model": "no folder", "dataset": "no file or folder"}
 FLAGS = {"model": "--base_model", "dataset": "--dataset"}
@@ -60,7 +60,7 @@ SENTENCES = {
 
 
 def explain(kind, name, error):
-    """One sentence for an error of the hub, the network or the download cache, or None when the error is none of these.
+    """One sentence for an error of the hub, the network or the download cache. None for any other error.
 
     kind: "model" or "dataset". error: what transformers, huggingface_hub or datasets raised.
     """
@@ -81,7 +81,7 @@ def explain(kind, name, error):
 
 
 def classify(error):
-    """(a word of SENTENCES, what the server said) for an error of the hub, else None."""
+    """(a key of SENTENCES, what the server said) for an error of the hub, else None."""
     chain = chained(error)
     for one in chain:
         if word := of_this_machine(one):
@@ -94,16 +94,16 @@ def classify(error):
 
 
 def asked_again(name):
-    """What the hub says of a dataset when it is asked once more, if it answers: datasets drops the answer that it had."""
+    """Ask the hub for a dataset again, since datasets drops its answer. Returns classify() of the answer, or None."""
     try:
         HfApi().auth_check(str(name), repo_type="dataset")
-    except Exception as error:  # whatever it is, the sentence for what datasets said remains
+    except Exception as error:  # if it is not from the hub, the error of datasets counts
         return classify(error) if answer(error) is not None else None
     return None
 
 
 def chained(error):
-    """The error and all that it arose from, nearest first. `raise ... from None` hides a context but keeps it."""
+    """The error and all its causes and contexts, nearest first. `raise ... from None` hides a context but keeps it."""
     chain, waiting = [], [error]
     while waiting:
         one = waiting.pop(0)
@@ -114,17 +114,17 @@ def chained(error):
 
 
 def answer(error):
-    """The response of the server that the error holds, if it says that the request failed as a whole."""
+    """The server's response that the error holds, if the request failed as a whole."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if not isinstance(status, int) or status < 400 or isinstance(error, errors.EntryNotFoundError):
         return None
-    # That one file is missing is part of loading: which files a repository holds is found out by asking.
+    # A missing file is normal: the libraries request files to find out which a repository has.
     return None if response.headers.get("X-Error-Code") == "EntryNotFound" else response
 
 
 def of_answer(response):
-    """The word for a response by its status and headers, and a short text of both."""
+    """(a key of SENTENCES, a short text) for a response, by its status and headers."""
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     message = response.headers.get("X-Error-Message", "")
     said = f"{status}: {one_line(message)[:120]}" if message else str(status)
@@ -143,7 +143,7 @@ def of_answer(response):
 
 
 def of_gate(message):
-    """Which side of a gate the user stands on, by the hub's own message."""
+    """The key for a gated repository, by the hub's own message."""
     for word, said in (("awaited", "awaiting"), ("awaited", "pending"), ("rejected", "rejected"), ("narrow", "fine-grained")):
         if said in message:
             return word
@@ -151,7 +151,7 @@ def of_gate(message):
 
 
 def of_this_machine(error):
-    """The word for a disk that is full or a cache that cannot be written."""
+    """The key for a full disk or a cache that cannot be written, else None."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or re.search("no space left on device|not enough disk space", str(error).lower()):
         return "disk"
@@ -162,7 +162,7 @@ def of_this_machine(error):
 
 
 def of_library(error):
-    """The word for what the libraries found out themselves, without an answer that is still at hand."""
+    """The key for an error of the libraries that holds no response, else None."""
     if isinstance(error, DatasetNotFoundError):
         return "gated" if "gated dataset on the Hub" in str(error) else "missing"
     if isinstance(error, errors.GatedRepoError):
@@ -177,13 +177,13 @@ def of_library(error):
 
 
 def of_network(chain):
-    """The word for a way to the hub that is closed: the one that says most."""
+    """The key for a failed connection to the hub: the most specific of the chain, or None."""
     words = set(map(of_connection, chain))
     return next((word for word in ("token", "offline", "certificate", "proxy", "timeout", "network") if word in words), None)
 
 
 def of_connection(error):
-    """The word for one error on the way to the hub."""
+    """The key for one error of the connection to the hub, else None."""
     name, from_http = type(error).__name__, type(error).__module__.split(".")[0] in HTTP_LIBRARIES
     token = get_token() or ""
     if (name == "LocalProtocolError" and from_http) or (isinstance(error, UnicodeEncodeError) and not token.isascii()):
@@ -203,16 +203,16 @@ def of_connection(error):
 
 
 def goes_through_proxy():
-    """Whether a variable of the environment sends what goes to the hub through a proxy."""
+    """Whether an environment variable sends requests to the hub through a proxy."""
     where, proxies = urlsplit(constants.ENDPOINT), getproxies_environment()
     return bool(proxies.get(where.scheme) or proxies.get("all")) and not proxy_bypass_environment(where.netloc, proxies)
 
 
 def is_offline():
-    """Whether the environment forbids to ask the hub."""
+    """Whether an environment variable forbids requests to the hub."""
     return constants.is_offline_mode() or is_set("HF_DATASETS_OFFLINE")
 
 
 def is_set(variable):
-    """Whether a switch in the environment is on, as the libraries read it."""
+    """Whether an environment variable is on, as the libraries read it."""
     return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,4 +1,4 @@
-"""What this machine has: its devices, and the memory that is free to this process."""
+"""This machine's devices, and the memory that is free for this process."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,13 @@ from support.command import UserError
 
 
 def devices():
-    """The names of all devices that PyTorch can use here, the preferred first."""
+    """The names of all devices that PyTorch can use here, the preferred one first."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 
 
 def pick_device(device):
-    """The name of the device to use; raises UserError for one that this machine does not have.
+    """The name of the device to use. Raises UserError for one that this machine does not have.
 
     device: auto, cpu, cuda or mps, with or without a number.
     """
@@ -37,7 +37,7 @@ def fast_bfloat16(device):
 
 
 def free_memory(root="/"):
-    """Bytes of memory that this process may still take: what the machine has free, or less where its control groups end.
+    """Bytes of memory that this process may still take: the machine's free memory, or less if a control group limits it.
 
     root: the folder that holds proc and sys.
     """
@@ -45,13 +45,13 @@ def free_memory(root="/"):
 
 
 def left_by_groups(root):
-    """Bytes that each control group around this process leaves to it. A container is such a group, or lies in one."""
+    """Bytes that each control group of this process leaves to it. A container is such a group, or is in one."""
     for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2 has one tree for all
             files = ("memory.max", "memory.current", "inactive_file")
             mount = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):  # version 1 has one of its own for memory
+        elif "memory" in controllers.split(","):  # version 1 has a separate tree for memory
             files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             mount = root / "sys/fs/cgroup/memory"
         else:
@@ -70,7 +70,7 @@ def left_in(folder, limit, used, reclaimable):
 
 
 def text_of(path):
-    """What a file of the system says; nothing where it cannot be read."""
+    """The text of a system file; "" if it cannot be read."""
     try:
         return path.read_text()
     except OSError:

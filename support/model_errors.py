@@ -1,4 +1,4 @@
-"""Why a base model could not be loaded: one sentence for what its folder or file holds instead."""
+"""Why a base model could not be loaded: one sentence about what its folder or file holds instead."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def explain_load_error(name, error):
     name: what the user named. error: what transformers raised.
     """
     path = Path(name)
-    is_folder = os.path.isdir(path)  # unlike Path's own, it raises nothing for a name that cannot be looked up
+    is_folder = os.path.isdir(path)  # Path.is_dir can raise for a name that cannot be looked up; this does not
     if os.path.isfile(path):
         return f"The file {name} is no base model; --base_model takes a folder, a name on the hub or a file that ends in .gguf."
     if not is_folder:
@@ -48,7 +48,7 @@ def explain_load_error(name, error):
 
 
 def fault_on_hub(name, error):
-    """What is wrong with a model of the hub, by the files of it that were downloaded."""
+    """What is wrong with a model of the hub, by its downloaded files."""
     config = try_to_load_from_cache(str(name), "config.json")
     if isinstance(config, str):
         return fault_of_folder(Path(config).parent, f"run `hf download {name} --force-download`", error)
@@ -67,14 +67,14 @@ def fault_of_folder(folder, again, error):
 
 
 def fault_of_access(folder):
-    """Whether the user may not read it."""
+    """The fault if the user may not read the folder or a file in it."""
     closed = [path for path in [folder, *(folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else [])]
               if not os.access(path, os.R_OK)]
     return f"cannot be read: you have no permission for {closed[0]}; ask its owner, or change it with chmod" if closed else None
 
 
 def fault_of_kind(folder):
-    """What else a folder may be than a base model."""
+    """The fault if the folder holds something other than a base model."""
     config = read_json(folder / "config.json")
     if not any(folder.iterdir()):
         return "is empty; download the model into it"
@@ -96,7 +96,7 @@ def fault_of_kind(folder):
 
 
 def fault_of_files(folder, again):
-    """Whether a file is not what its name says: a pointer of Git LFS, or broken JSON."""
+    """The fault if a file is only a Git LFS pointer or broken JSON."""
     for path in sorted(folder.iterdir()):
         if is_pointer(path):
             return f"holds only a Git LFS pointer in place of {path.name}; run `git lfs pull` in it, or {again}"
@@ -105,7 +105,7 @@ def fault_of_files(folder, again):
 
 
 def fault_of_config(config):
-    """What config.json names that this program cannot run."""
+    """The fault if config.json names something that this program cannot run."""
     kind, architectures = config.get("model_type"), config.get("architectures")
     if not kind:
         return f"has a config.json that names no model_type; {CHOOSE}"
@@ -119,7 +119,7 @@ def fault_of_config(config):
 
 
 def fault_of_weights(folder, again):
-    """Which files of weights are not there."""
+    """The fault if files of weights are missing."""
     for index in folder.glob("*.index.json"):
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         if missing := [name for name in shards if not (folder / name).exists()]:
@@ -130,7 +130,7 @@ def fault_of_weights(folder, again):
 
 
 def fault_of_tokenizer(folder, chain):
-    """Which file of the tokenizer is not there or needs a package."""
+    """The fault if the tokenizer is missing or needs a package."""
     if not has(folder, *TOKENIZERS):
         return NO_TOKENIZER
     if any("instantiate the backend tokenizer" in str(one) for one in chain) and not (folder / "tokenizer.json").exists():
@@ -139,7 +139,7 @@ def fault_of_tokenizer(folder, chain):
 
 
 def fault_of_loading(chain, again, architectures):
-    """What the error itself says of the weights."""
+    """The fault that the error itself shows."""
     text = " ".join(str(one) for one in chain)
     if "ignore_mismatched_sizes" in text:
         return f"has weights whose shapes are not those that its config.json gives; {again}"
@@ -154,7 +154,7 @@ def fault_of_loading(chain, again, architectures):
 
 
 def explain_loaded(name, model, missing, tokenizer_is_empty):
-    """One sentence for a model that transformers did load, and that is not a whole causal language model; else None.
+    """One sentence for a loaded model that is not a complete causal language model, else None.
 
     missing: the names of weights that were not found. tokenizer_is_empty: whether it has only special tokens.
     """
@@ -163,7 +163,7 @@ def explain_loaded(name, model, missing, tokenizer_is_empty):
     headless = any(name.endswith("Model") for name in architectures) and not any(map(is_causal, architectures))
     if has_another_head(architectures) or (missing and headless):
         fault = not_causal(architectures)
-    elif settings and (missing or getattr(model, "hf_quantizer", None)):  # else it was unpacked as it was loaded
+    elif settings and (missing or getattr(model, "hf_quantizer", None)):  # otherwise it was dequantised while loading
         fault = quantised(settings if isinstance(settings, dict) else settings.to_dict())
     elif missing:
         fault = f"is incomplete: {len(missing)} of its weights are missing; download it again"
@@ -173,24 +173,24 @@ def explain_loaded(name, model, missing, tokenizer_is_empty):
 
 
 def quantised(settings):
-    """What is said of a model that does not load, or stays quantised when it does: then it takes no other number format."""
+    """The fault of a quantised model: it does not load, or it stays quantised and takes no other number format."""
     return f"is quantised with {settings.get('quant_method') or 'an unknown method'}, which cannot be used here; name the " \
            "unquantised model that it was made from as --base_model"
 
 
 def not_causal(architectures):
-    """What is said of a model that does something else than to continue a text."""
+    """The fault of a model that does something other than continue a text."""
     return f"is a {architectures[0]}, which is not a causal language model; {CHOOSE}"
 
 
 def is_causal(architecture):
-    """Whether an architecture's class continues texts, by its name or by transformers' own list."""
+    """Whether an architecture is a causal language model, by its name or by transformers' own list."""
     return architecture.endswith(("ForCausalLM", "LMHeadModel")) or any(
         architecture in ([listed] if isinstance(listed, str) else listed) for listed in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def has_another_head(architectures):
-    """Whether the model was made to classify, to fill gaps, to translate and so on."""
+    """Whether the model was made for another task, such as to classify, fill gaps or translate."""
     return any("For" in name for name in architectures or []) and not any(map(is_causal, architectures))
 
 
@@ -216,7 +216,7 @@ def explain_gguf_error(path, error):
         return f"{what}: it is one part of several; put them together with `llama-gguf-split --merge` first."
     try:
         GGUFReader(path)
-    except Exception:  # the reader trusts the file and raises whatever its numbers lead to
+    except Exception:  # the reader does not check the file and may raise anything
         return f"{what}: it is incomplete or damaged ({detail}); download it again."
     return f"{what}: {detail}; download it again, or {CHOOSE}."
 
@@ -235,12 +235,12 @@ def has(folder, *patterns):
 
 
 def read_json(path):
-    """The object in a JSON file; an empty one where there is none."""
+    """The object in a JSON file, or an empty one if there is none."""
     return {} if not path.is_file() or is_broken(path) else json.loads(path.read_text("utf-8"))
 
 
 def is_broken(path):
-    """Whether a JSON file holds something else than an object."""
+    """Whether a JSON file does not hold an object."""
     try:
         return not isinstance(json.loads(path.read_text("utf-8")), dict)
     except ValueError:

@@ -27,13 +27,13 @@ DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_te
 ROWS = DEMO_ROWS[::2]  # each answer once
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# As Gemma's, in small: a mark, the role and a newline in front of a turn, another mark behind it.
+# Like Gemma's, but small: a mark, the role and a newline before a turn, and another mark after it.
 CHAT_TEMPLATE = ("<bos>{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
                  "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
 
 
 def make_tokenizer(texts, vocab_size=512):
-    """A byte-fallback BPE tokenizer built as Gemma's is: spaces as U+2581, single digits, no EOS behind a text."""
+    """A byte-fallback BPE tokenizer like Gemma's: spaces as U+2581, single digits, no EOS after a text."""
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + BYTES, limit_alphabet=160)
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "\u2581")
@@ -41,7 +41,7 @@ def make_tokenizer(texts, vocab_size=512):
         Regex("\u2581?\\p{L}+|\\p{N}|\u2581?[^\\s\u2581\\p{L}\\p{N}]+|\u2581+(?=\u2581)|\\n+|."), "isolated")
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
-    # Byte tokens take part only by their place in the vocabulary, so that only SPECIAL are ever matched in text.
+    # Byte tokens are only in the vocabulary, so that only SPECIAL are ever matched in text.
     tokenizer = Tokenizer(models.BPE(vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]],
                                      unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
@@ -53,7 +53,7 @@ def make_tokenizer(texts, vocab_size=512):
 
 
 def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
-    """Save a random Gemma of width 32 and 512 tokens, larger in its weights than usual so that logits differ."""
+    """Save a random Gemma of width 32 and 512 tokens. Its weights are larger than usual, so that logits differ."""
     tokenizer = make_tokenizer([" ".join(row.values()) for row in tokenizer_rows])
     torch.manual_seed(seed)
     config = GemmaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -74,7 +74,7 @@ def rows_of(store):
 
 
 def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):
-    """A MemoryDecoder for the tiny Gemma, at random weights; unless told otherwise it has seen two tokens in three."""
+    """A MemoryDecoder with random weights for the tiny Gemma. By default it has seen two tokens in three."""
     torch.manual_seed(seed)
     seen = [token for token in range(vocab) if token % 3] if seen is None else seen
     sizes = {"backoff": 0.01, "decoder_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}
@@ -85,7 +85,7 @@ def make_decoder(seed=0, hidden=32, vocab=512, seen=None, **sizes):
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
-    """Every test draws the same numbers, whichever tests ran before it."""
+    """Every test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
 
 
@@ -108,7 +108,7 @@ def rows_file(tmp_path_factory):
 
 
 def run_script(name, *arguments, timeout=300):
-    """Run one of the two scripts as a user would; returns (exit code, output, errors)."""
+    """Run one of the two scripts as a user would. Returns (exit code, output, errors)."""
     done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
                           timeout=timeout, cwd=ROOT)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
@@ -116,7 +116,7 @@ def run_script(name, *arguments, timeout=300):
 
 SIZES = ("--device", "cpu", "--dtype", "float32", "--decoder_dim", "32", "--k", "8", "--num_epochs", "2", "--batch_size", "8",
          "--max_length", "96")
-SMALL = (*SIZES, "--context", "16", "--decoder_lr", "1e-2")  # so high a rate that two passes over few rows teach something
+SMALL = (*SIZES, "--context", "16", "--decoder_lr", "1e-2")  # a learning rate so high that two epochs over few rows are enough
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def trained(tmp_path_factory, tiny_gemma, rows_file):
 
 @pytest.fixture(scope="session")
 def address(trained, tmp_path_factory):
-    """Where `app.py --model_dir` serves the trained folder, started as a user would, for all tests that visit or call it."""
+    """The address at which `app.py --model_dir` serves the trained folder, for all tests that visit or call it."""
     log = tmp_path_factory.mktemp("app") / "log.txt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
 """A hub that refuses: `python fake_hub.py` asks it for models and datasets and prints {case: {call: sentence}} as JSON.
 
-It runs in a process of its own, since huggingface_hub reads its environment as it is imported. Status codes, headers and
+It runs in its own process, since huggingface_hub reads its environment when it is imported. Status codes, headers and
 messages are the real hub's.
 """
 
@@ -74,7 +74,7 @@ def main():
     os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=tempfile.mkdtemp(dir=sys.argv[1]),
                       HF_TOKEN="hf_x", HF_HUB_DISABLE_TELEMETRY="1")
     os.chdir(sys.argv[1])
-    time.sleep = lambda seconds: None  # the library waits and asks again
+    time.sleep = lambda seconds: None  # the library waits and tries again
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     ask = asker()
     answers = {case: ask(f"x/{case}") for case in CASES if case != "full"}
@@ -83,7 +83,7 @@ def main():
 
 
 def asker():
-    """A function of a name that gives the sentences for a model, for a dataset and for the names of its configurations."""
+    """A function of a name that returns the sentences for a model, a dataset and the names of its configurations."""
     import datasets
 
     from base_model import BaseLM

@@ -1,4 +1,4 @@
-"""Tiny models, and how one is refused, for the test files of the base model."""
+"""Tiny models, and the sentence that refuses one, for the test files of the base model."""
 
 import pytest
 import torch

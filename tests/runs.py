@@ -14,12 +14,12 @@ from datastore import read_examples
 
 
 def command_line(base_model, dataset, folder, *more, small=SMALL):
-    """The arguments of a small training into a folder; what is added wins."""
+    """The arguments of a small training into a folder. Arguments that are added win."""
     return [str(part) for part in ("--base_model", base_model, "--dataset", dataset, "--output_dir", folder, *small, *more)]
 
 
 def train_six(base_model, dataset, folder, *more):
-    """Train in this process on six rows unless told otherwise; returns the folder."""
+    """Train in this process, on six rows by default. Returns the folder."""
     script.run(script.parse_options(command_line(base_model, dataset, folder, "--max_examples", 6, *more)))
     return Path(folder)
 
@@ -45,12 +45,12 @@ def entry_places(folder):
 
 
 def losses(folder):
-    """Rows of (step, loss, kl, ce) that the decoder's stage has noted."""
+    """Rows of (step, loss, kl, ce) that the decoder's stage has recorded."""
     return json.loads(next(folder.glob("stages/decoder-*/done.json")).read_text())["losses"]
 
 
 def stop_at_call(monkeypatch, owner, name, number):
-    """Make the numbered call of owner.name raise KeyboardInterrupt, as Ctrl-C would."""
+    """Make the call of owner.name with this number raise KeyboardInterrupt, as Ctrl-C would."""
     real, calls = getattr(owner, name), []
 
     def wrapped(*arguments, **more):

@@ -17,7 +17,7 @@ from chat import Chat
 from generation import AUTO, RULES
 from memory_decoder import read_manifest
 
-# Drawn with a seed, since the best first token of so small a memory may be the end.
+# Sampled with a seed, since the best first token of such a small memory may be the end.
 GOOD = {"alpha": 0.5, "temperature": 2, "top_k": 200, "max_new_tokens": 12, "rule": "logits", "seed": 3, "no_repeat": 0}
 
 
@@ -45,7 +45,7 @@ def ids(content):
 
 
 def close_to(entries):
-    """Numbers to compare with, not to the last bit: matrix products add in another order when memory is aligned otherwise."""
+    """Approximate numbers to compare with. Matrix products add in another order when memory is aligned otherwise."""
     return [pytest.approx(entry, rel=1e-3, abs=1e-6) for entry in entries]
 
 
@@ -123,7 +123,7 @@ def test_candidates_are_what_the_log_probabilities_of_an_answer_say_at_that_plac
         assert found["alpha"] == pytest.approx(content[count]["alpha"], abs=1e-4)
         candidates = {c["id"]: c for c in found["candidates"]}
         top = {entry["id"]: entry for entry in content[count]["top_logprobs"]}
-        assert set(candidates) <= set(top) <= {*candidates, content[count]["id"]}  # the answer's own token may be none of the best
+        assert set(candidates) <= set(top) <= {*candidates, content[count]["id"]}  # the answer's own token may be no candidate
         for token in candidates:
             chances = [candidates[token][name] for name in ("base", "memory", "blended")]
             logs = [top[token][name] for name in ("base_logprob", "memory_logprob", "logprob")]
@@ -197,7 +197,7 @@ def test_halves_of_surrogates_are_read_as_marks_and_pairs_as_characters(address,
 
 
 def posted(address, name, data):
-    """The last data that an endpoint gives for a list of JSON, or its error."""
+    """The last data that an endpoint returns for a list of JSON values, or its error."""
     url = f"{address}gradio_api/call/{name}"
     event = httpx.post(url, content=f'{{"data": {data}}}', headers={"content-type": "application/json"}).raise_for_status().json()
     with httpx.stream("GET", f"{url}/{event['event_id']}", timeout=60) as answer:

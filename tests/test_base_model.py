@@ -147,13 +147,13 @@ def test_a_model_whose_cached_step_is_wrong_is_refused_in_words(base, monkeypatc
 
 
 def test_the_rounding_of_bfloat16_is_not_refused(any_base, base, monkeypatch):
-    few = 1 + 4 * torch.finfo(torch.bfloat16).eps  # what a deep model's cached step may differ by
+    few = 1 + 4 * torch.finfo(torch.bfloat16).eps  # the difference that a deep model's cached step may have
     for wrong in (False, True):
         monkeypatch.setattr(base_model.BaseLM, "hidden", wrong_by(few) if wrong else BaseLM.hidden)
         for model in (any_base, base):
             assert BaseLM(copy.deepcopy(model.model).bfloat16(), base.tokenizer).model.dtype == torch.bfloat16
     with pytest.raises(UserError, match="differs from an uncached one"):
-        BaseLM(base.model, base.tokenizer, "x")  # in float32 that is no rounding
+        BaseLM(base.model, base.tokenizer, "x")  # in float32 it cannot be rounding
 
 
 def wrong_by(factor):

@@ -37,7 +37,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens pages of fresh visitors; at the end, none may have had an error or asked anything of another address."""
+    """Opens pages for new visitors. At the end, no page may have had an error or sent a request to another address."""
     errors, foreign, contexts = [], [], []
 
     def open_page(**options):
@@ -81,7 +81,7 @@ def send(page, question=QUESTION):
 
 
 def settled(page):
-    """Wait until an answer and its panels stand; returns the answer as shown."""
+    """Wait until an answer and its panels are complete. Returns the answer as shown."""
     page.wait_for_selector("#candidates table")
     return page.locator("#tokens .answer").inner_text()
 
@@ -93,7 +93,7 @@ def ask(page, question=QUESTION, **values):
 
 
 def letters(text):
-    """What can be compared of a random model's text: no spaces, control characters or halves of characters."""
+    """The comparable part of a random model's text, without spaces, control characters and pieces of characters."""
     return "".join(c for c in text if c.isprintable() and not c.isspace() and c != "\ufffd")
 
 
@@ -112,7 +112,7 @@ def test_at_alpha_0_the_answer_is_the_bases_own_greedy_one(visit, chat):
     ids = torch.tensor([base.encode(chat.template.prompt(QUESTION))])
     ends = sorted(chat.model.ends)
     out = base.model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=ends, pad_token_id=base.eos)
-    # Byte by byte, since the decoder of a tokenizer drops a letter that stands as a byte beside half a character.
+    # Byte by byte, since a tokenizer's decoder drops a letter that is a byte token beside a piece of a character.
     text = b"".join(token_bytes(base.tokenizer, token) for token in out[0, ids.shape[1]:].tolist()).decode("utf-8", "replace")
     text = min((text.split(stop)[0] for stop in chat.model.stops), key=len, default=text)
     assert letters(shown) == letters(text)

@@ -32,7 +32,7 @@ QUESTION = SENTENCES[0]
 
 
 def byte_level():
-    """A tokenizer of the kind of GPT-2's: 256 bytes, few merges, so that most characters take several tokens."""
+    """A tokenizer like GPT-2's: 256 bytes and few merges, so that most characters take several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +42,7 @@ def byte_level():
 
 
 def llama_like():
-    """A tokenizer of the kind of Llama's: bytes only for what is rare, and no space in front of a text's first word."""
+    """A tokenizer like Llama's: bytes only for rare characters, and no space in front of a text's first word."""
     tokenizer = make_tokenizer(["So it is. Yes, ok."] * 3).backend_tokenizer
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -71,7 +71,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def trained_folder(folder, tmp_path_factory):
-    """A memory of Chinese rows; letters that are not ASCII and a space in its folder's name."""
+    """A memory of Chinese rows. Its folder's name has a space and letters that are not ASCII."""
     place = tmp_path_factory.mktemp("里面")
     rows = jsonl(place / "rows.jsonl", [{"q": f"{i} {SENTENCES[i % 5]}", "a": SENTENCES[(i + 1) % 5] + str(i)} for i in range(12)])
     return train_six(folder, rows, place / "mémoire ひとつ", "--template", "问：{q}\n答：{a}")
@@ -196,7 +196,7 @@ def test_log_probabilities_hold_every_tokens_own_bytes(chat, monkeypatch):
 def test_an_answer_is_printed_as_far_as_the_terminal_knows_its_letters(trained_folder, chat, tmp_path, variables, codec):
     *_, answer = chat.write(chat.begin("Why?", seed=3, temperature=2, alpha=0.5, max_new_tokens=256))
     assert not answer.text.isascii()
-    copy = shutil.copytree(trained_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("stages"))  # faiss reads no odd paths
+    copy = shutil.copytree(trained_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("stages"))  # faiss needs a plain path
     arguments = ["--model_dir", copy, "--ask", "Why?", "--device", "cpu", "--seed", "3.0", "--temperature", "2", "--alpha", "0.5"]
     done = subprocess.run([sys.executable, ROOT / "app.py", *arguments], capture_output=True, cwd=ROOT, env=os.environ | variables)
     assert done.returncode == 0 and done.stdout == (answer.text + "\n").encode(codec, "backslashreplace"), done.stderr

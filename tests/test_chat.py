@@ -1,4 +1,4 @@
-"""Answers and what can be asked about them, in this process: requests, prompts, records, passages, voices, the explorer."""
+"""Answers and their explanations, in this process: requests, prompts, records, passages, voices, the explorer."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from memory_decoder import read_manifest
 from support.command import UserError
 from texts import encode_row
 
-# Drawn with a seed, since the best first token of so small a memory may be the end.
+# Sampled with a seed, since the best first token of such a small memory may be the end.
 GOOD = {"alpha": 0.5, "temperature": 2, "top_k": 200, "max_new_tokens": 12, "k": 4, "rule": "logits", "seed": 3, "no_repeat": 0}
 QUESTION = "Can my boss refuse to pay me overtime?"
 
@@ -53,7 +53,7 @@ def streamed(chat, prompt, **changes):
 def test_a_good_request_passes_at_both_ends_of_every_range(chat):
     for end, rule in itertools.product((0, 1), EVERY_RULE):
         values = {name: bounds[end] for name, bounds in RANGES.items()}
-        chat.begin("?", rule=rule, **values | {"max_new_tokens": (1, 400)[end]})  # as many as so small a base reads
+        chat.begin("?", rule=rule, **values | {"max_new_tokens": (1, 400)[end]})  # as many as such a small base reads
 
 
 @pytest.mark.parametrize("message", ["", "  \n\t", None, 3, ["text"]])
@@ -257,7 +257,7 @@ def test_going_on_keeps_the_first_tokens_and_takes_the_one_chosen(chat):
 
 
 def base_greedy(base, ids, count):
-    """The base model's own greedy tokens, read from the beginning for every one."""
+    """The base model's own greedy tokens. The whole text is read again for each of them."""
     found = []
     while len(found) < count and not (found and found[-1] in base.ends):
         found.append(int(base.model(torch.tensor([[*ids, *found]])).logits[0, -1].argmax()))

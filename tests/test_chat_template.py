@@ -46,7 +46,7 @@ def messages(turns, question=None):
 
 
 def templated(base, turns, question=None):
-    """Token ids of a conversation as transformers writes it; with a question, up to where the answer begins."""
+    """Token ids of a conversation as transformers writes it. After a question, up to where the answer begins."""
     text = base.tokenizer.apply_chat_template(messages(turns, question), tokenize=False, add_generation_prompt=bool(question))
     return base.tokenizer(text, add_special_tokens=False).input_ids
 

@@ -1,4 +1,4 @@
-"""The text of a memory: read from what the options name, added to, and forgotten."""
+"""The text of a memory: reading what the options name, adding and forgetting."""
 
 import json
 

@@ -121,7 +121,7 @@ def test_an_example_that_is_much_of_the_text_takes_bounded_memory_and_finds_the_
     assert (store.example[I] != store.example[:, None]).all()
     np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
     assert max(count * k for count, k in sizes if k > 12) <= 2000
-    assert (max(k for _, k in sizes) > 200) == (most == 240 or factory != "Flat")  # else they were passed over
+    assert (max(k for _, k in sizes) > 200) == (most == 240 or factory != "Flat")  # otherwise they were skipped
 
 
 @pytest.mark.parametrize("added", [1, 3, 60])
@@ -143,7 +143,7 @@ def test_neighbours_of_a_grown_datastore_are_those_of_one_made_at_once(added, tm
     one, other = (np.load(tmp_path / name / "neighbours_D.npy") for name in ("grown", "whole"))
     np.testing.assert_allclose(one, other, atol=1e-3)
     I = np.load(tmp_path / "grown/neighbours_I.npy")
-    assert (store.example[I] != store.example[:, None]).all() and asked == [added]  # the others met only what is new
+    assert (store.example[I] != store.example[:, None]).all() and asked == [added]  # the others were compared with new entries only
 
 
 def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_the_default_temperature_is_half_the_median_distance():
 
 
 def plain_seen(values, example):
-    """seen_tokens by counting: the tokens, and the share of positions whose token no other example has."""
+    """Slow twin of seen_tokens: the tokens, and the share of positions whose token no other example has."""
     alone = 0
     for token, own in zip(values, example, strict=True):
         alone += not any(other == token and e != own for other, e in zip(values, example, strict=True))

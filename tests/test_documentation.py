@@ -1,4 +1,4 @@
-"""What the documentation names is there: files, headings, tests and flags."""
+"""Files, headings, tests and flags that the documentation names exist."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ PAGES = [path for folder in (".", "docs", "demo", "benchmarks") for path in sort
 
 
 def anchors(page):
-    """The anchors that GitHub gives the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -57,7 +57,7 @@ def test_every_entry_of_a_document_remembers_its_next_token(documents):
     ids = [encode_row(chat.model.base, chat.templates[0], example.row) for example in chat.store.examples]
     places = zip(chat.store.example, chat.store.position, strict=True)
     assert chat.store.values.tolist() == [ids[row][place + 1] for row, place in places]
-    assert len(chat.store) == sum(len(text) - 2 for text in ids)  # what is known behind <bos> alone is no entry
+    assert len(chat.store) == sum(len(text) - 2 for text in ids)  # a state after <bos> alone is no entry
     first = chat.passage(int((chat.store.position == 1).nonzero()[0][0]))
     assert first["before"].strip() == "#"
 

@@ -63,7 +63,7 @@ def holding(folder, text):
 
 @pytest.fixture(scope="module")
 def grown(trained, tmp_path_factory):
-    """A trained folder to which notes were added, and what was read on the way."""
+    """A trained folder to which notes were added, and what was read meanwhile."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("grown") / "out")
     (folder.parent / "notes.txt").write_text(NOTES * 3)
     read, real = [], datastore.hidden_batches
@@ -244,7 +244,7 @@ def test_a_kill_while_artefacts_are_replaced_loses_nothing_and_the_next_run_ends
     with pytest.raises(KeyboardInterrupt):
         change(folder, "--forget", "notes.txt")
     monkeypatch.undo()
-    assert "holds nothing of the name notes.txt" in failure(folder, "--forget", "notes.txt")  # it is forgotten already
+    assert "holds nothing of the name notes.txt" in failure(folder, "--forget", "notes.txt")  # it is already forgotten
     assert read_manifest(folder)["sources"] and not holding(folder, "Quillfeather")
     assert len(Datastore.open(folder).examples) == len(stored_rows(folder)) and not list(folder.glob("*.part"))
 

@@ -1,4 +1,4 @@
-"""What the user of script 1 can mend: one sentence, exit code 2, and no earlier artefact touched."""
+"""Errors that the user of script 1 can fix: one sentence, exit code 2, and no earlier artefact changed."""
 
 import importlib.util
 import shutil
@@ -17,7 +17,7 @@ from base_model import DEMO_MODEL, DEMO_PACKAGE
 
 @pytest.fixture
 def arguments(tiny_gemma, rows_file):
-    """Makes the command line of a small training into a folder; what is added wins."""
+    """Makes the command line of a small training into a folder. Arguments that are added win."""
     return lambda folder, *more: command_line(tiny_gemma, rows_file, folder, *more)
 
 

@@ -1,4 +1,4 @@
-"""The held-out report: scores against slow twins, what is chosen on which half, and the files written."""
+"""The held-out report: scores against slow twins, the half on which values are chosen, and the files written."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def keys_and_store(base):
 
 @pytest.fixture(scope="module")
 def held_windows(base):
-    """Windows of two rows that the datastore does not hold; each row takes several, of unlike lengths."""
+    """Windows of two rows that the datastore does not hold. Each row gives several, of different lengths."""
     windows = windows_of(base, ROWS[5:200:150], TEMPLATE, LENGTH)
     assert {w.example for w in windows} == {0, 1} and len({len(w.ids) for w in windows}) > 1
     return windows
@@ -40,7 +40,7 @@ def held_windows(base):
 
 @pytest.fixture(scope="module", params=["some seen", "all seen"])
 def decoder(request, base, keys_and_store):
-    """A decoder that has seen what the datastore holds, or every token; its scale is not the one it starts with."""
+    """A decoder that has seen the datastore's tokens, or every token. Its scale is not the initial one."""
     seen, share = seen_tokens(entries_of(windows_of(base, rows_of(keys_and_store[1]), TEMPLATE, LENGTH)))
     if request.param == "all seen":
         seen = range(base.vocabulary)
@@ -131,7 +131,7 @@ def test_the_sweep_equals_blending_every_token_for_seen_and_unseen_targets(count
 
 
 def learned(base, windows, steps=25):
-    """A decoder after some steps on the next tokens of the windows, which it has seen, so that its logits are worth something."""
+    """A decoder after some training steps on the windows' next tokens, so that its logits mean something."""
     decoder = make_decoder(context=16, seen=np.unique(entries_of(windows).values))
     loss, optimizer = TrainingLoss(decoder, 0.0), torch.optim.AdamW(decoder.parameters(), 3e-3)
     for _ in range(steps):
@@ -156,7 +156,7 @@ def test_calibration_chooses_the_best_scale_and_leaves_the_backoff(
     before = float(decoder.backoff)
     evaluation.calibrate(base, decoder, windows, 2)
     assert float(decoder.scale) == pytest.approx(max(table, key=table.get)) and float(decoder.backoff) == before
-    assert evaluation.SCALES[0] < decoder.scale < evaluation.SCALES[-1]  # so that a search which only looks at the ends fails
+    assert evaluation.SCALES[0] < decoder.scale < evaluation.SCALES[-1]  # so that a search that tries only the ends fails
 
 
 @pytest.mark.parametrize(("search", "sweep"), [(False, False), (True, False), (False, True)])
@@ -214,7 +214,7 @@ def summary_of(scores):
 
 
 def moved(scores, parity, seed=9):
-    """The same scores with those of the even (0) or odd (1) examples replaced by ones that favour other choices."""
+    """The same scores, but those of the even (0) or odd (1) examples favour other choices."""
     rows = scores["example"] % 2 == parity
     rng = np.random.default_rng(seed)
     changed = {name: array.copy() for name, array in scores.items()}
@@ -385,7 +385,7 @@ def test_the_bases_own_texts_surprise_it_as_much_as_its_entropy_says(base):
     scores = score_positions(base, make_decoder(), evaluation.sample_windows(base, 200))
     entropy, surprise = scores["opinions"][:, 0], -scores["base"]
     assert len(surprise) == evaluation.SAMPLES * 199
-    # At every position the difference is 0 on average; a draw at temperature 0.8, say, lies further off.
+    # At every position the difference is 0 on average. Sampling at temperature 0.8, for example, is further off.
     assert abs((surprise - entropy).mean()) < 4 * (surprise - entropy).std() / len(surprise) ** 0.5 < 0.1 * entropy.mean()
 
 

@@ -27,7 +27,7 @@ def model(base):
 
 
 def memory_of(base, decoder, hidden, skip=0):
-    """The memory's log probabilities (T, V) for hidden states (1, T, H), its first `skip` left out."""
+    """The memory's log probabilities (T, V) for hidden states (1, T, H), the first `skip` left out."""
     hidden = hidden[:, skip:]
     return decoder.log_probabilities(decoder.features(hidden.float()), base.logits(hidden))[0].detach()
 
@@ -118,7 +118,7 @@ def test_steps_carry_the_probabilities_under_base_memory_and_blend(base, any_dec
 @pytest.mark.parametrize("rows", [512, 3])
 @pytest.mark.parametrize("template", [None, QA])
 def test_auto_streams_what_uncached_decoding_with_the_same_gate_gives(base, template, rows, monkeypatch):
-    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", rows * base.vocabulary)  # what a prompt's positions are weighed in
+    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", rows * base.vocabulary)  # a prompt's positions are weighed in such blocks
     decoder = make_decoder(seed=4)
     gate = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
     model, prompt = MemoryAugmentedLM(base, decoder, template, gate), QA.prompt("Why not?")
@@ -148,7 +148,7 @@ def test_auto_without_a_gate_is_refused_in_words(model):
 
 def test_opinions_are_entropies_top_probabilities_and_the_divergence():
     base, memory = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.1, 0.8])
-    given = opinions(base.log() + 3, memory.log() - 2)  # logits, so any offset
+    given = opinions(base.log() + 3, memory.log() - 2)  # logits may have any offset
     kl = sum(p * np.log(p / q) for p, q in ((0.1, 0.5), (0.1, 0.25), (0.8, 0.25)))
     expected = [-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), -(0.2 * np.log(0.1) + 0.8 * np.log(0.8)), np.log(0.5), np.log(0.8), kl]
     np.testing.assert_allclose(given.numpy(), expected, atol=1e-5)
@@ -256,7 +256,7 @@ def test_a_stop_text_may_come_first(pieces):
 def test_a_mark_of_the_template_behind_an_answer_is_shown_only_inside_it(closing, pieces, shown):
     visible = VisibleText(["\nQ:"], closing)
     assert "".join(map(visible.add, pieces)) + visible.end() == shown
-    cut = VisibleText([], closing)  # where the answer was cut off, nothing is known of its end
+    cut = VisibleText([], closing)  # if the answer was cut off, its end is unknown
     assert ("".join(map(cut.add, pieces)) + cut.flush()).strip() == "".join(pieces).strip()
 
 
@@ -283,7 +283,7 @@ def test_a_decoder_of_another_model_is_refused_in_words(base):
 
 def test_no_run_of_so_many_tokens_comes_twice_in_an_answer(model, monkeypatch):
     fixed = torch.full((512,), -50.0)
-    fixed[300:400] = torch.arange(100.0, 0, -1)  # 300 is the best token, then 301 and so on, whatever was said before
+    fixed[300:400] = torch.arange(100.0, 0, -1)  # 300 is always the best token, then 301 and so on
     monkeypatch.setattr(generation, "blend", lambda *_: fixed)
 
     def answer(no_repeat, temperature=0, count=9):

@@ -29,7 +29,7 @@ NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def write_gguf(path, model, without="", quantization=None, template=None, eos=2):
-    """Write the model as a GGUF file, but for the weight named `without`; `quantization` is of all matrices."""
+    """Write the model as a GGUF file, except the weight named `without`. quantization: of all matrices."""
     config, writer = model.config, GGUFWriter(path, "llama")
     for add, value in ((writer.add_context_length, config.max_position_embeddings), (writer.add_vocab_size, len(TOKENS)),
                        (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
@@ -47,7 +47,7 @@ def write_gguf(path, model, without="", quantization=None, template=None, eos=2)
         if name.startswith("model.layers."):
             _, _, number, part = name.split(".", 3)
             heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(part)
-            if heads:  # llama.cpp turns pairs of neighbours where transformers turns halves
+            if heads:  # llama.cpp rotates pairs of neighbours where transformers rotates halves
                 weight = weight.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(weight.shape)
             name = f"blk.{number}.{NAMES[part]}"
         if NAMES.get(name, name) != without:
@@ -99,7 +99,7 @@ def test_a_quantized_gguf_file_keeps_its_weights_to_the_last_bit_and_its_chat_te
     assert loaded.model.dtype == torch.bfloat16
     for weight_name, weight in loaded.model.named_parameters():
         exact = expected[weight_name].detach()
-        if exact.ndim == 2:  # the turning of queries and keys moves whole rows, and blocks lie within rows
+        if exact.ndim == 2:  # rotation moves whole rows of queries and keys, and blocks lie within rows
             exact = torch.from_numpy(dequantize(quantize(exact.numpy(), kind), kind))
             assert not torch.equal(exact, expected[weight_name])
         assert torch.equal(weight, exact.bfloat16()), weight_name

@@ -1,4 +1,4 @@
-"""Errors of the hub and of the way to it: each is one sentence that says what to do, for models and for datasets."""
+"""Errors of the hub and of the connection to it. Each is one sentence that says what to do, for models and for datasets."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def test_who_cannot_reach_the_hub_learns_what_works_without(answers):
 
 
 def raised_by(status, headers, url="https://huggingface.co/x/y/resolve/main/config.json", token="hf_x"):
-    """The error that huggingface_hub makes of an answer of the real hub."""
+    """The error that huggingface_hub raises for a response of the real hub."""
     request = httpx2.Request("HEAD", url, headers={"authorization": f"Bearer {token}"} if token else {})
     with pytest.raises(errors.HfHubHTTPError) as error:
         hf_raise_for_status(httpx2.Response(status, headers=headers, request=request))
@@ -92,7 +92,7 @@ def test_a_token_that_the_library_takes_for_a_missing_model_is_called_a_token(mo
 
 
 def wrapped(error, *outer):
-    """The last of some errors, each raised from the one before and the last `from None`, as datasets does."""
+    """The last of some errors. Each is raised from the one before, and the last `from None`, as datasets does."""
     for one in outer:
         one.__cause__ = one.__context__ = error
         error = one

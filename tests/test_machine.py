@@ -19,7 +19,7 @@ GIB = 2**30
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes PyTorch see so many NVIDIA GPUs, and Apple's if asked."""
+    """Makes PyTorch see a number of NVIDIA GPUs, and Apple's if asked."""
     def see(number, mps=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
@@ -61,11 +61,11 @@ def test_without_gpus_only_the_processor_is_named(gpus):
 
 @pytest.fixture
 def placed(gpus, tiny_gemma, rows_file, tmp_path, monkeypatch):
-    """Runs the training's first steps with a device; returns where the accelerator and the base model are put."""
+    """Runs the training's first steps with a device. Returns the devices of the accelerator and the base model."""
     gpus(2)
     monkeypatch.setattr(script, "fast_bfloat16", lambda device: False)
     monkeypatch.setattr(accelerate.state, "check_cuda_p2p_ib_support", lambda: True)
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")  # what a user's shell may hold; it is put back behind the test
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")  # a user's shell may set this; it is restored after the test
     seen, real = [], script.Accelerator
 
     def load(name, dtype, device):
@@ -125,7 +125,7 @@ def version_1(folder, limit, used, inactive=0):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A root folder with the groups that the process lies in; the machine itself has 64 GiB free."""
+    """A root folder with the control groups of the process. The machine itself has 64 GiB free."""
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
 
     def made(groups):
@@ -195,7 +195,7 @@ def test_files_that_are_not_there_set_no_limit(root, tmp_path):
     assert free_memory(folder) == 64 * GIB
     version_2(folder / "sys/fs/cgroup", 4 * GIB, 1 * GIB)
     (folder / "sys/fs/cgroup/memory.stat").unlink()
-    assert free_memory(folder) == 3 * GIB  # of unknown pages none is counted as free
+    assert free_memory(folder) == 3 * GIB  # unknown pages do not count as free
     (folder / "sys/fs/cgroup/memory.current").unlink()
     assert free_memory(folder) == 64 * GIB
 

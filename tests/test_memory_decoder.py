@@ -24,7 +24,7 @@ from support.command import UserError
 
 
 def read_logits(decoder, hidden, cache=None):
-    """What the decoder alone says of the seen tokens, without the base's logits."""
+    """The decoder's own logits of the seen tokens, without the base's logits."""
     return decoder.output_projection(decoder.features(hidden, cache))
 
 
@@ -36,7 +36,7 @@ def sparse_case(P=12, K=5, V=40, C=8, seed=0):
 
 
 def dense_loss(features, projection, tokens, weights, targets, kl_weight):
-    """The original demo's way: a full row of probabilities for every position."""
+    """The loss as in the original demo, with a full row of probabilities for every position."""
     z = projection(features)
     p = torch.zeros_like(z).scatter_add_(1, tokens, weights)
     kl = F.kl_div(torch.log_softmax(z, 1), p, reduction="batchmean")
@@ -177,12 +177,12 @@ def test_merging_votes_keeps_the_distribution_and_every_token_once():
         assert len(set(row[w > 0].tolist())) == int((w > 0).sum())
 
 
-# In one block or in several, fused or written out.
+# Attention in one block or in several, fused or written out.
 WAYS = [{"LEAST_BLOCK": block, "SCORES_AT_ONCE": scores} for block in (4, 128) for scores in (0, 2**25)]
 
 
 def take(way, monkeypatch):
-    """Make attention go one of the WAYS, whatever its size."""
+    """Make attention take one of the WAYS, whatever its size."""
     for name, value in way.items():
         monkeypatch.setattr(memory_decoder, name, value)
 

@@ -1,4 +1,4 @@
-"""Folders that hold no base model, or a damaged one: each is one sentence that says what to do."""
+"""Folders that hold no base model, or a damaged one. Each gives one sentence that says what to do."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def quantise(folder, method):
 
 
 def split(folder):
-    """Weights in two files, the second of which is not there."""
+    """Weights in two files, of which the second is missing."""
     weights = load_file(folder / "model.safetensors")
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     save_file(dict(list(weights.items())[:3]), folder / first, {"format": "pt"})
@@ -98,7 +98,7 @@ def saved_rows(folder):
 
 
 def alone(name, content):
-    """Damages a folder so that it holds nothing but one file."""
+    """Changes a folder so that it holds only one file."""
     def damage(folder):
         empty(folder)
         (folder / name).write_text(content)

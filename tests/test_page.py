@@ -1,4 +1,4 @@
-"""The page's components and what they open with, without a browser."""
+"""The page's components and their initial values, without a browser."""
 
 import copy
 import re

@@ -76,7 +76,7 @@ def test_the_candidates_are_the_ten_best_of_any_and_the_chosen_one_the_blends_be
         [(0.3, 0, 0.1), (0, 0.3, 0.2), *[(0.01 * n, 0, 0.001 * n) for n in range(1, 12)]], start=2)]
     shown = rows(panels.candidates(answer(token(blended=1e-4, base=1e-4, memory=1e-4, more=others)), 0))
     assert len(shown) == 10 and [int(i) for _, i, _ in shown[:2]] == [3, 2] and shown[-1][:2] == ("chosen", "1")
-    # w4 and w5 (the least probable) gave their places up.
+    # w4 and w5, the least probable, are left out.
     assert {int(i) for _, i, _ in shown} == {1, 2, 3, *range(8, 15)}
 
 

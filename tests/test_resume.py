@@ -1,4 +1,4 @@
-"""Runs of script 1 that were stopped: they go on, and end as a run that was not."""
+"""Stopped runs of script 1 go on, and end like a run that was never stopped."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def six_rows(tiny_gemma, rows_file, several_searches, tmp_path_factory):
 
 
 def assert_same_training(a, b):
-    """Both folders hold the same entries, index, decoder weights and measured perplexities, but for the last bits of numbers."""
+    """Both folders hold the same entries, index, decoder weights and perplexities, except for the last bits of numbers."""
     for name in ("datastore_values.npy", "examples.jsonl"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert entry_places(a) == entry_places(b)
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_a_run_with_another_number_of_steps_is_not_used(six_rows
     folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
     interrupt(monkeypatch, train, folder, script.Batches, "__call__", steps // 2 + 1)
     path = next(folder.glob("stages/decoder-*/checkpoint.pt"))
-    torch.save({**torch.load(path, weights_only=True), "total": 2 * steps}, path)  # as two processes fewer would leave it
+    torch.save({**torch.load(path, weights_only=True), "total": 2 * steps}, path)  # as half as many processes would leave it
     again = count_calls(monkeypatch, script.Batches, "__call__")
     train(folder)
     assert len(again) == steps

@@ -1,4 +1,4 @@
-"""Values become text as they stand; chats in every usual form; what is held out."""
+"""Values become text as they stand. Chats are read in every usual form. Some rows are held out."""
 
 import datetime
 from decimal import Decimal
@@ -140,7 +140,7 @@ def test_a_long_answer_stands_on_one_side_of_the_split_only_and_short_ones_may_s
     assert any(len(answer) > 100 for answer in kept_answers) and any(len(answer) > 100 for answer in held_answers)
     assert 0 < len(rows) - len(kept) - len(held) == int(capsys.readouterr().out.split("left out: ")[1].split()[0])
     long = [row["Answer"] for row in held if len(row["Answer"]) > 100]
-    assert len(set(long)) == len(long)  # both halves of the report would else know one answer
+    assert len(set(long)) == len(long)  # otherwise both halves of the report would have one answer
 
 
 @pytest.mark.parametrize(("rows", "fraction", "held"), [(24, 0.05, 2), (24, 0.25, 6), (440, 0.9, 200)])

@@ -1,4 +1,4 @@
-"""What happens on the page, handler by handler, without a browser."""
+"""The page's handlers, one by one, without a browser."""
 
 import html
 import json
@@ -34,7 +34,7 @@ def controls(**changes):
 
 
 def ask(desk, session, message=QUESTION, **changes):
-    """All that one question showed."""
+    """Everything that the page showed for one question."""
     return list(desk.ask(session, message, COLOUR, *controls(**changes)))
 
 

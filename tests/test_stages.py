@@ -1,4 +1,4 @@
-"""The stages of a run: which inputs name their folders, when one is done, and the plan that asks for disk and memory."""
+"""The stages of a run: the inputs that name their folders, when one is done, and the plan of disk and memory."""
 
 import dataclasses
 import re
@@ -21,9 +21,9 @@ from train_memory_decoder import Options
 
 NAMES = ["datastore", "index", "neighbours", "decoder", "report"]
 TEMPLATE = Template.parse(ORIGINAL)
-# The first stage that an option is an input of; every other option is one of the decoder's.
+# The first stage of which an option is an input. Every other option is an input of the decoder's stage.
 FIRST = {"max_length": "datastore", "positions": "datastore", "index": "index", "seed": "index", "k": "neighbours"}
-# These say where things are, or are known by the rows, the words and the model that they lead to.
+# These say where things are, or act only through the rows, the template and the model that they name.
 NO_INPUT = {"base_model", "dataset", "split", "template", "validation_dataset", "validation_split", "validation_fraction",
             "max_examples", "output_dir", "dtype", "device", "demo", "original", "add", "forget"}
 
@@ -126,7 +126,7 @@ def windows(base):
 
 @pytest.fixture
 def planned(tmp_path, base, windows, monkeypatch):
-    """Plans a small run with so many bytes free; returns (options, stages, plan of them)."""
+    """Plans a small run with a number of bytes free. Returns (options, stages, plan of them)."""
     (tmp_path / "stages").mkdir()
     options = Options(k=8, decoder_dim=32, batch_size=8, max_length=96, index="Flat")
 
@@ -156,7 +156,7 @@ def test_the_plan_prints_entries_memory_disk_and_minutes_as_numbers(planned, win
     assert (entries, tokens) == (len(entries_of(windows).values), seen(windows))
     assert (free_disk, free_memory) == (5, 3)
     assert disk == round(estimate_disk(options, base, int(entries), int(tokens), "Flat") / 2**30, 2)
-    assert memory > estimate_memory(options, base, int(entries), int(tokens), "Flat") / 2**30  # libraries and model beside it
+    assert memory > estimate_memory(options, base, int(entries), int(tokens), "Flat") / 2**30  # libraries and model come on top
     assert minutes >= 1 and minutes == int(minutes)
 
 

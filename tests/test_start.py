@@ -1,4 +1,4 @@
-"""How app.py ends, in one sentence, when it cannot open its page or answer; and its answers in the terminal."""
+"""app.py ends with one sentence when it cannot open its page or answer. Also its answers in the terminal."""
 
 import contextlib
 import importlib.util
@@ -38,7 +38,7 @@ def launch_and_fail(page, **settings):
 
 @pytest.fixture
 def the_line(monkeypatch, capsys):
-    """Runs app.py's main(), which must neither open its page nor answer; returns its one line of stderr but for progress bars."""
+    """Runs app.py's main(), which must not open its page or answer. Returns its one line of stderr, without progress bars."""
     def run(*arguments):
         monkeypatch.setattr(gr.Blocks, "launch", launch_and_fail)
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, arguments)])
@@ -182,7 +182,7 @@ def test_an_argument_that_is_no_utf8_is_read_as_far_as_it_is(trained):
 
 @pytest.fixture
 def said(trained, monkeypatch, capsys):
-    """Runs app.py's main() with a question; returns what stood on standard output after each token, and what came at the end."""
+    """Runs app.py's main() with a question. Returns standard output as it was after each token, and at the end."""
     real = Chat.write
 
     def run(*more):
@@ -242,7 +242,7 @@ needs_ipv6 = pytest.mark.skipif(not ipv6_is_here(), reason="this machine has no 
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch, capsys):
-    """Serves the page of a memory that is not there yet, and returns the address it printed and what stands there."""
+    """Serves the page without a memory. Returns the address that it printed, and the content there."""
     def run(*arguments):
         def launch(page, **settings):
             LAUNCH(page, **settings, prevent_thread_lock=True)
@@ -271,7 +271,7 @@ def test_the_page_opens_at_the_address_that_it_prints(opened, name, printed, giv
 
 @contextlib.contextmanager
 def listening(host):
-    """Takes a port at a host; yields its number."""
+    """Takes a port at a host. Yields its number."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
         yield other.getsockname()[1]
 
@@ -304,13 +304,13 @@ def test_an_address_that_cannot_work_is_named_before_anything_is_loaded(trained,
 
 @contextlib.contextmanager
 def started(log, *arguments, **variables):
-    """Starts app.py with more environment variables; yields the address that it prints once the page is open."""
+    """Starts app.py with more environment variables. Yields the address that it prints once the page is open."""
     command = [sys.executable, "-u", "app.py", "--device", "cpu", *map(str, arguments)]
     with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                                                  env=os.environ | variables) as process:
         try:
             give_up = time.monotonic() + 240
-            while "public link" not in log.read_text():  # what gradio says last
+            while "public link" not in log.read_text():  # the last thing that gradio prints
                 assert process.poll() is None and time.monotonic() < give_up, log.read_text()
                 time.sleep(0.2)
             yield re.search(r"URL: +(\S+)", log.read_text())[1]

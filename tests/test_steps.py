@@ -1,4 +1,4 @@
-"""What a Step shows, settings that change on the way, answers that go on from kept tokens, and kNN-LM."""
+"""What a Step shows, settings that change during an answer, answers that continue kept tokens, and kNN-LM."""
 
 import math
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def model(base, keys_and_store):
 
 
 def chosen(**values):
-    """Settings under which all rules have something to say on the tiny model."""
+    """Settings under which every rule has an effect on the tiny model."""
     return Settings(**{"temperature": 0, "knn_k": 12, "knn_temperature": 6.0} | values)
 
 
@@ -67,7 +67,7 @@ def slow_votes(keys, values, query, k, temperature):
 
 @torch.no_grad()
 def slow_chances(model, keys, ids, settings, alpha):
-    """Probabilities (3, V) under base, memory and blend behind ids, both models reading the whole text at once."""
+    """Probabilities (3, V) under base, memory and blend after ids. Both models read the whole text at once."""
     base, hidden = model.base, model.base.hidden(torch.tensor([ids]))
     own, skip = base.logits(hidden[0]), shared_prefix(ids, base.encode([Literal("Question:")]))
     p = torch.softmax(own[-1], -1)
@@ -110,7 +110,7 @@ def test_candidates_are_the_ten_best_of_base_memory_and_blend_and_the_token_itse
         assert own == [step.base, step.memory, step.blended]
         outside += not among[step.token]
         ids.append(step.token)
-    assert len(steps) > 5 and (rule == KNN or outside)  # where no neighbour votes, any ten are the best of zeros
+    assert len(steps) > 5 and (rule == KNN or outside)  # under kNN-LM most tokens tie at probability 0
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 512, 1000])
@@ -192,7 +192,7 @@ def test_an_answer_goes_on_from_kept_tokens_as_if_it_had_not_stopped(model, rule
     assert len(whole) > 7
     for count in range(0, len(whole), 3):
         _, rest = answer(model, chosen(rule=rule), kept=tokens_of(whole[:count]))
-        assert tokens_of(rest) == tokens_of(whole[count:])  # as many, too: max_new_tokens counts those kept
+        assert tokens_of(rest) == tokens_of(whole[count:])  # also as many: max_new_tokens counts kept tokens
         assert "".join(s.text for s in whole[:count] + rest) == "".join(s.text for s in whole)
         for one, other in zip(rest, whole[count:], strict=True):
             assert one.alpha == pytest.approx(other.alpha, abs=1e-4) and one.blended == pytest.approx(other.blended, abs=1e-4)
@@ -246,7 +246,7 @@ def test_runs_of_kept_and_first_tokens_do_not_come_again(model, monkeypatch):
 
     assert goes_on(kept=[300, 300], count=6) == [301, 300, 302, 300]
     assert goes_on(kept=[300, 301], first=300, count=6) == [300, 300, 302, 300]
-    assert goes_on(kept=[300, 300], first=300, count=4) == [300, 301]  # a first token is spoken all the same
+    assert goes_on(kept=[300, 300], first=300, count=4) == [300, 301]  # a given first token is used all the same
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 6.0), (8, 6.0), (8, 0.3), (30, 1e9), (10**6, 20.0)])

@@ -1,4 +1,4 @@
-"""Files, folders, documents and datasets in the hub's layout become tables; no value is interpreted on the way."""
+"""Files, folders, documents and datasets in the hub's layout become tables. No value is interpreted."""
 
 import csv
 import datetime
@@ -215,7 +215,7 @@ def test_a_name_that_no_hub_dataset_can_have_is_not_looked_for_there(name, monke
 
 @pytest.fixture
 def layouts(tmp_path):
-    """Folders in the hub's layout: two configurations; one split; splits of a dataset that datasets saved."""
+    """Folders in the hub's layout: one with two configurations, one with one split, one that datasets saved with splits."""
     two, one = tmp_path / "two configs", tmp_path / "only_test"
     two.mkdir(), one.mkdir()
     (two / "README.md").write_text("---\nconfigs:\n- config_name: leases\n  data_files: a.jsonl\n- config_name: torts\n"
@@ -245,7 +245,7 @@ def test_a_split_is_named_or_those_that_are_there_are_listed(layouts):
     assert "has no split train; it has test. Name one with --split." in refusal(layouts / "only_test")
     assert "has no split test; it has train, dev." in refusal(layouts / "saved", "test")
     assert "has no splits" in refusal(jsonl(layouts / "rows.jsonl", WORDS), "train")
-    assert read_table(str(layouts / "only_test"), "test").name == "only_test:test"  # so that splits have names of their own
+    assert read_table(str(layouts / "only_test"), "test").name == "only_test:test"  # so that each split has its own name
     assert read_table(f"{layouts}/two configs:torts").name == "two configs:torts"
     assert read(layouts / "two configs:torts", QA) == [{"q": f"b{n}", "a": "2021-03-05"} for n in range(3)]
 

@@ -1,4 +1,4 @@
-"""Rows, templates, token ids and windows; what is held out; files and templates that cannot work."""
+"""Rows, templates, token ids and windows. Held-out rows. Files and templates that cannot work."""
 
 import pytest
 from conftest import CHAT_TEMPLATE, ROWS, SPECIAL
@@ -141,7 +141,7 @@ def test_a_row_ends_with_the_token_that_ends_its_answer(base, tiny_gemma):
 
 
 def own_chat(base, turns, **more):
-    """What the model's own chat template makes of (question, answer) pairs, without a system line that it adds."""
+    """The text that the model's own chat template makes of (question, answer) pairs, without its own system line."""
     messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=False)]
     text = base.tokenizer.apply_chat_template(messages, tokenize=False, **more).replace(SYSTEM, "")
     return base.tokenizer(text, add_special_tokens=False).input_ids
@@ -172,7 +172,7 @@ def test_chat_rows_are_those_of_the_models_own_template_up_to_the_end_of_turn(ba
 
 @pytest.mark.parametrize("every_turn", [True, False])
 def test_words_of_the_models_own_in_front_of_an_answer_end_the_prompt(base, tiny_gemma, every_turn):
-    # As Qwen3 begins a finished turn, or only the last one, with an empty thought that its generation prompt lacks.
+    # Like Qwen3: a finished turn, or only the last one, begins with an empty thought that the generation prompt lacks.
     thought = "{% if m['role'] == 'assistant' " + ("" if every_turn else "and loop.last ") + "%}<unk>none<unk>\n{% endif %}"
     model = chat_base(base, tiny_gemma, CHAT_TEMPLATE.replace("{{ m['content']", thought + "{{ m['content']"))
     template = Template.parse("chat {q} {a}", model)
@@ -194,7 +194,7 @@ def test_a_question_with_its_answer_is_the_row_that_has_both(base, tiny_gemma, f
     for row in (QA, {"q": "<turn> or <eos>?", "a": "<bos> No. <end> <eos>\n<turn>A"}):
         ids = encode_to_end(model, template, template.answered(row["q"], row["a"]))
         assert ids == encode_row(model, template, row) and ids[-1] in template.ends(model)
-    if form not in SHORTER:  # what a later prompt holds as its earlier turns
+    if form not in SHORTER:  # a later prompt holds these as its earlier turns
         turns = [("Why?", "So."), ("And now?", "No.")]
         assert text_of(template.prompt("x", turns)).startswith(text_of(template.answered(*turns[1], turns[:1])).rstrip())
 
@@ -295,9 +295,9 @@ def test_whole_chats_are_those_of_the_models_own_template(base, tiny_gemma, name
         text = model.tokenizer.decode(ids)
         assert all(message["content"] in text for message in row["messages"])
         marks = [[i for i in found if i < len(SPECIAL)] for found in (ids, own_chat(model, [("a", "b")] * len(turns)))]
-        assert marks[0] == marks[1][:len(marks[0])]  # names of special tokens in the messages are letters
+        assert marks[0] == marks[1][:len(marks[0])]  # special tokens' names in messages are only letters
         prompt = model.encode(template.asked.prompt(*turns[-1][:1], turns[:-1]))
-        assert ids[:len(prompt)] == prompt  # a chat's last answer is asked for as a user asks
+        assert ids[:len(prompt)] == prompt  # the prompt for a chat's last answer is like a user's
 
 
 def test_a_chats_own_system_message_is_read_where_the_model_knows_one_and_else_before_the_question(base, tiny_gemma):
@@ -314,7 +314,7 @@ def test_a_chats_own_system_message_is_read_where_the_model_knows_one_and_else_b
 def test_a_chat_that_the_models_template_refuses_or_shortens_is_refused_in_words(base, tiny_gemma, extra):
     words = CHAT_TEMPLATE.replace("for m in messages", "for m in messages[-2:]") if extra == "drop" else extra + CHAT_TEMPLATE
     if extra != "drop":
-        words = words.replace("> 2", "> 4")  # a chat of two turns is how its words are read
+        words = words.replace("> 2", "> 4")  # the template's words are read from a chat of two turns
         row = whole([("a", "b")] * 3)
     else:
         row = whole([("a", "b")] * 2)

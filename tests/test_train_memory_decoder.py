@@ -39,13 +39,13 @@ TEMPLATE = Template.parse(ORIGINAL)
 
 @pytest.fixture
 def train(tiny_gemma, rows_file):
-    """Trains in this process into a folder, on six rows unless told otherwise."""
+    """Trains in this process into a folder, on six rows by default."""
     return lambda folder, *more: train_six(tiny_gemma, rows_file, folder, *more)
 
 
 @pytest.fixture
 def rerun(tiny_gemma, rows_file):
-    """The training of the fixture `trained` once more, with changes, in this process."""
+    """Runs the training of the fixture `trained` again, with changes, in this process."""
     return lambda folder, *more: script.run(parse_options(command_line(tiny_gemma, rows_file, folder, *more)))
 
 
@@ -57,7 +57,7 @@ def six_rows(tiny_gemma, rows_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def original(tiny_gemma, rows_file, tmp_path_factory):
-    """A folder that the original's recipe has filled, in one epoch."""
+    """A folder that one epoch of the original's recipe has filled."""
     folder = tmp_path_factory.mktemp("original") / "out"
     script.run(parse_options(command_line(tiny_gemma, rows_file, folder, "--original", "--num_epochs", 1, small=SIZES)))
     return folder
@@ -65,18 +65,18 @@ def original(tiny_gemma, rows_file, tmp_path_factory):
 
 @pytest.fixture
 def earlier(trained, tmp_path):
-    """A copy of a trained folder, with its times."""
+    """A copy of a trained folder, with the times of its files."""
     return shutil.copytree(trained, tmp_path / "earlier")
 
 
 def times(folder, *names):
-    """When each file of the stages was last written; only those of the named stages, if any are named."""
+    """When each file of the stages was last written. Only files of the named stages, if any are named."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("stages/*/*")
             if not names or path.parent.name.split("-")[0] in names}
 
 
 def first_place(base, ids):
-    """The position of the first entry's key: what all examples begin with has no entries."""
+    """The position of the first entry's key. The common beginning of all examples has no entries."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, base.encode([Literal("Title:")]), strict=False))))
 
 
@@ -140,13 +140,13 @@ def test_the_keys_are_the_hidden_states_of_their_positions(trained, base):
 def test_training_makes_the_memory_better_than_its_start(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     *_, (_, _, _, cross_entropy) = losses(trained)
-    assert cross_entropy < math.log(metrics["seen_tokens"]) - 0.2  # it knows more than which tokens there are
+    assert cross_entropy < math.log(metrics["seen_tokens"]) - 0.2  # it has learned more than which tokens exist
     assert metrics["held_out"]["memory"] < min(metrics["held_out"]["base"], metrics["seen_tokens"])
 
 
 @pytest.fixture
 def fast_bfloat16(monkeypatch):
-    """Makes this machine one that trains in bfloat16; accelerate keeps the first precision of a process, so it forgets it."""
+    """Makes this machine train in bfloat16. accelerate keeps a process's first precision, so that is reset."""
     monkeypatch.setattr(script, "fast_bfloat16", lambda device: True)
     AcceleratorState._reset_state()
     yield
@@ -202,7 +202,7 @@ def test_the_scale_is_chosen_on_the_even_held_out_rows(earlier, rerun, rows_file
 
 
 def start_of(base, trained, **options):
-    """(decoder before training, stored keys, KL of its opinion of seen tokens to the base's, KL of a flat opinion to it)."""
+    """(decoder before training, stored keys, KL of its seen-token distribution to the base's, KL of a uniform one to it)."""
     keys = datastore.open_keys(next(trained.glob("stages/datastore-*/keys.f16")), base.width)
     entries = entries_of(windows_of(base, stored_rows(trained), TEMPLATE, 96))
     decoder = script.make_decoder(Options(decoder_dim=32, **options), base, keys, entries)

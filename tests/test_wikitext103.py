@@ -1,4 +1,4 @@
-"""benchmarks/wikitext103.py on a tiny model and a small text: windows and scores against slow twins, the table, the refusals."""
+"""benchmarks/wikitext103.py on a tiny model and a small text: windows and scores against slow twins, the table, errors."""
 
 import math
 import re
@@ -26,14 +26,14 @@ SIZES = ("--context", 64, "--scored", 32, "--parts", 2, "--device", "cpu")
 
 @pytest.fixture
 def text(tmp_path):
-    """A file of these lines, as the original text has them: with blank ones between."""
+    """A file of these lines, with blank lines between them as in the original text."""
     path = tmp_path / "test.txt"
     path.write_text("".join(line or " \n" for line in LINES))
     return path
 
 
 def streams(base, parts):
-    """The ids of each part, read line by line, and cut as the paper's code cuts them."""
+    """The ids of each part, read line by line and cut as in the paper's code."""
     rows = datasets.Dataset.from_dict({"text": LINES})
     for part in range(parts):
         lines = rows.shard(parts, part, contiguous=True)["text"]
@@ -43,7 +43,7 @@ def streams(base, parts):
 
 @torch.no_grad()
 def slow_scores(base, parts):
-    """Log probability of every token but each part's first one, each by a forward of its own over exactly its context."""
+    """Log probability of every token except each part's first. Each has its own forward pass over exactly its context."""
     found = []
     for ids in streams(base, parts):
         for place in range(1, len(ids)):

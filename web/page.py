@@ -1,4 +1,4 @@
-"""The Gradio page: its components, and what each of them sets off."""
+"""The Gradio page: its components and their events."""
 
 import html
 from functools import partial
@@ -57,7 +57,7 @@ class Page:
         return page
 
     def mark(self):
-        """What tells this memory from others."""
+        """A text that tells this memory from others: the first digits of its checksum."""
         return self.chat.manifest.get("files", {}).get("memory_decoder.pt", "none")[:16]
 
     def build_api(self):
@@ -152,7 +152,7 @@ class Page:
                          "seed": seed, "no_repeat": no_repeat, "knn_k": knn_k, "knn_temperature": warmth}
 
     def wire(self, page):
-        """Connect what happens to what is shown."""
+        """Connect events with their handlers."""
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         model = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
         desk, controls = self.desk, [self.controls[name] for name in CONTROLS]
@@ -163,7 +163,7 @@ class Page:
             return event.then(Session.records, self.session, self.browser, **quick)
 
         def writes(event, handler, inputs, outputs, stop):
-            """An event whose handler writes tokens: its stop button works meanwhile, and what was written is kept."""
+            """Connect an event with a handler that writes tokens. Its stop button works meanwhile. The result is kept."""
             event(lambda: gr.Button(interactive=True), None, stop, **quick)
             keep(event(handler, inputs, outputs, **model)).then(lambda: gr.Button(interactive=False), None, stop, **quick)
 
@@ -212,13 +212,13 @@ def slider(name, value, step, label, info):
 
 
 def example_questions(questions):
-    """Some short questions of all that the memory can be asked, from its beginning to its end."""
+    """A few short questions, spread over all that the memory can be asked."""
     size = max(1, len(questions) // EXAMPLES)
     return [min(questions[i:i + size], key=len)[:300] for i in range(0, len(questions), size)][:EXAMPLES]
 
 
 def untrained(folder, line, demo):
-    """The page of a memory that is not there yet."""
+    """The page that is shown when there is no memory yet."""
     with gr.Blocks(title="Memory Decoder") as page:
         words = (f"## Nothing is trained yet\nThere is no memory in `{folder}`. Run\n\n    {line}\n\nand start this page again."
                  + ("" if demo else " Without a GPU, account or network, add `--demo` to both commands."))
@@ -227,8 +227,8 @@ def untrained(folder, line, demo):
 
 
 def launch(blocks, **address):
-    """Serve the page; more keywords as gr.Blocks.launch takes them."""
-    dark = "*primary_600"  # Soft's own is too pale under white letters
+    """Serve the page. address: keywords of gr.Blocks.launch."""
+    dark = "*primary_600"  # Soft's own colour is too pale behind white letters
     theme = gr.themes.Soft().set(button_primary_background_fill=dark, button_primary_background_fill_dark=dark,
                                  button_primary_background_fill_hover=dark, button_primary_background_fill_hover_dark=dark,
                                  checkbox_label_background_fill_selected=dark, checkbox_label_background_fill_selected_dark=dark,

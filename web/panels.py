@@ -1,4 +1,4 @@
-"""What the page shows of an answer, as HTML: its tokens, a token's candidates, passages, three voices, the memory itself.
+"""Parts of the page as HTML: an answer's tokens, a token's candidates, passages, three voices, the memory itself.
 
 Every text of a user, a model or a dataset goes through html.escape.
 """
@@ -94,7 +94,7 @@ element.addEventListener('click', event => {
 
 
 def tokens(answer, colouring="effect", opened=None, clickable=True):
-    """The tokens of an answer in one colouring; those taken over from an earlier answer are grey."""
+    """The tokens of an answer in one colouring. Tokens taken over from an earlier answer are pale."""
     if not answer.tokens:
         return '<div class="answer">…</div>'
     spans = [token_span(number, token, number < answer.kept, number == opened, clickable)
@@ -108,7 +108,7 @@ def token_span(number, token, kept, opened, clickable):
     surprise = -math.log(max(token["blended"], 1e-12))
     words = ["token", "more" if effect >= 0 else "less", *(["kept"] if kept else []), *(["open"] if opened else [])]
     text = token["text"]
-    if not text:  # a mark that the style sheet makes, so that copying the answer leaves it out
+    if not text:  # the style sheet draws a mark, so that a copied answer does not contain it
         words.append("end" if token["end"] else "silent")
     word = text.lstrip(" ") or text
     space = text[:len(text) - len(word)]  # not coloured, since it may stand at the end of a line
@@ -147,7 +147,7 @@ def facts(answer, stopped=False):
 
 
 def candidates(answer, number):
-    """The ten best candidates of one token under base, memory and blend; a click on one goes on from there."""
+    """The ten best candidates of one token under base, memory and blend. A click on one continues the answer with it."""
     token = answer.tokens[number]
     if "candidates" not in token:
         return '<div class="panel facts">The candidates of this token were not kept. Ask again to see them.</div>'
@@ -180,14 +180,14 @@ def candidate_row(candidate, number, chosen, out, cut):
 
 
 def visible(text):
-    """A token's text with spaces and line ends that can be seen."""
+    """A token's text with visible spaces and line ends."""
     inner = text.strip(" ")
     before, _, after = text.partition(inner) if inner else (text, "", "")
     return html.escape((before.replace(" ", "␣") + inner + after.replace(" ", "␣")).replace("\n", "⏎"))
 
 
 def passages(found, heading):
-    """Passages as Chat.passages gives them."""
+    """Passages, as Chat.passages returns them, under a heading."""
     if not found:
         return ""
     blocks = [f'<div class="passage">{html.escape(p["before"])}<mark>{visible(p["token"])}</mark>{html.escape(p["after"])}'

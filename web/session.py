@@ -1,4 +1,4 @@
-"""What happens on the page: one visitor's answers, and a handler for each thing that may be done."""
+"""One visitor's answers on the page, and a handler for each event."""
 
 import contextlib
 import html
@@ -20,26 +20,26 @@ CONTROLS = ("alpha", "temperature", "top_k", "max_new_tokens", "k", "rule", "see
 
 
 class Session:
-    """What one visitor has asked. Its handlers run beside each other, so stop and clear only say what is wanted."""
+    """One visitor's answers. Handlers run at the same time, so stop and clear only set what is wanted."""
 
     def __init__(self):
-        self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops whatever is being written
+        self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops any that is being written
 
     def turns(self, number=None):
         """(question, answer) pairs of the first `number` questions."""
         return [(answer.question, answer.text) for answer in self.answers[:number] if answer.text.strip()]
 
     def messages(self):
-        """Gradio's messages: all but the last answer, which stands below as tokens.
+        """Gradio's messages: all but the last answer, which is shown below as tokens.
 
-        Escaped, since gr.Chatbot takes what looks like HTML for HTML, whatever it is told of Markdown.
+        Texts are escaped, since gr.Chatbot renders HTML even when Markdown is turned off.
         """
         said = [{"role": role, "content": html.escape(text, quote=False)} for answer in self.answers
                 for role, text in (("user", answer.question), ("assistant", answer.text or panels.NO_ANSWER))]
         return said[:-1]
 
     def records(self):
-        """The answers as plain data; the candidates of earlier ones are left out, since a browser keeps little."""
+        """The answers as plain data. Only the last one keeps its candidates, since a browser has little storage."""
         kept = [answer.record() for answer in self.answers[-KEPT_TURNS:]]
         slim = [{**record, "tokens": [{k: v for k, v in t.items() if k != "candidates"} | {"changed": is_changed(t)}
                                       for t in record["tokens"]]} for record in kept[:-1]]
@@ -49,14 +49,14 @@ class Session:
         self.writing = None
 
     def change(self, value, name):
-        """A control that was moved acts at the next token of what is being written."""
+        """Apply a moved control to the answer that is being written, from its next token on."""
         with contextlib.suppress(UserError):  # a number that is still being typed
             moved = check_ranges(**{name: value})
             if self.writing:
                 setattr(self.writing.settings, name, moved[name])
 
     def restore(self, records):
-        """Take up the answers of an earlier visit; none of them, if they are not as this version writes them."""
+        """Restore the answers of an earlier visit, or none of them if this version cannot read them."""
         self.answers = []
         try:
             for record in json.loads(whole_text(json.dumps(records, ensure_ascii=False))):
@@ -93,7 +93,7 @@ class Desk:
         return max(new, key=lambda i: answer.tokens[i]["blended"] - answer.tokens[i]["base"], default=None)
 
     def write(self, session, answer, colouring, first=None):
-        """Write an answer into the session, which may be stopped or cleared meanwhile; yields what is shown."""
+        """Write an answer into the session, which may be stopped or cleared meanwhile. Yields what is shown."""
         session.writing = answer
         yield self.shown(session, colouring)
         try:
@@ -109,14 +109,14 @@ class Desk:
         yield self.shown(session, colouring, self.most_changed(answer) if here else None, here and stopped)
 
     def ask(self, session, message, colouring, *controls, number=None):
-        """Answer a message in the place of question `number` and of all behind it; None: behind the last."""
+        """Answer a message. It replaces question `number` and all later ones. None: it comes after the last."""
         number = len(session.answers) if number is None else number
         answer = self.begin(message, session.turns(number), *controls)
         session.answers[number:] = [answer]
         yield from self.write(session, answer, colouring)
 
     def again(self, session, colouring, *controls):
-        """Answer the last question anew."""
+        """Answer the last question again."""
         if not session.answers:
             raise gr.Error("There is no question to ask again.", title="Nothing yet", print_exception=False)
         last = len(session.answers) - 1
@@ -127,7 +127,7 @@ class Desk:
         yield from self.ask(session, html.unescape(event.value), colouring, *controls, number=index // 2)
 
     def go_on(self, session, colouring, event: gr.EventData, *controls):
-        """Take another candidate at a token of the last answer, and write on from there."""
+        """Take another candidate at a token of the last answer, and continue from there."""
         old = session.answers[-1]
         try:
             answer = old.going_on(event.number, self.begin(old.question, [], *controls))
@@ -164,7 +164,7 @@ class Desk:
         return panels.legend(colouring), panels.tokens(session.answers[-1], name) if session.answers else ""
 
     def restore(self, records, session, colouring):
-        """What the browser kept of an earlier visit."""
+        """Show the answers that the browser kept from an earlier visit."""
         if records and not session.answers:
             session.restore(records)
         try:
