@@ -199,7 +199,7 @@ def main():
           f"no run of {options.no_repeat} tokens twice.\n", flush=True)
     show(chat, settings, (MEMORY, 0, AUTO))
 
-    nearest, models = Nearest(rows), {BASE: base} | ({LORA: BaseLM.load(given.lora, options.dtype)} if given.lora else {})
+    nearest, models = Nearest(rows), {BASE: base} | ({LORA: BaseLM.load(given.lora, manifest["dtype"])} if given.lora else {})
     asked, general = ([row["Question"] for row in part] for part in (UNSEEN, GENERAL))
     told = {BASE: lambda q: q, BM25: lambda q: f"{nearest(q)[1]}\n\n{q}", LORA: lambda q: q}
     unseen, others = {}, {}

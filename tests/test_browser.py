@@ -20,7 +20,7 @@ QUESTION = "Can my boss refuse to pay me overtime?"
 ODD = "Write to <address> about <title>, <b>now</b> and <landlord> 1 < 2, **x** or $y$ &lt;"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 WAIT = 60_000
-LONG = 450  # tokens that take seconds even here
+LONG = 1000  # tokens that take seconds even here
 
 
 @pytest.fixture(scope="module")

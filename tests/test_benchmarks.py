@@ -1,0 +1,103 @@
+"""The rivals in benchmarks/ on a tiny model: each fast way against a slow twin, and the table that they fill."""
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ROWS, make_decoder
+
+import evaluation
+from texts import Template, encode_row, entries_of, windows_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import answers
+import compare
+import retrieval
+import rules
+
+TEMPLATE = Template.parse("{Title}\nAnswer: {Answer}")
+
+
+@pytest.fixture(scope="module")
+def ids(base):
+    """Token ids of stored rows, and of others in part the same."""
+    stored, others = ([encode_row(base, TEMPLATE, row)[:80] for row in rows] for rows in (ROWS[:12], ROWS[2:40:6]))
+    return stored, others
+
+
+@pytest.fixture(scope="module")
+def windows(base):
+    return windows_of(base, ROWS[3:6], TEMPLATE, 64)
+
+
+def test_the_n_gram_predicts_as_a_search_of_all_rows_for_the_longest_known_context_does(ids):
+    stored, others = ids
+    ngram, told = retrieval.NGram(stored), 0
+    for row in others:
+        for i, (chance, sparse) in enumerate(ngram.predict(row)):
+            for length in range(min(i + 1, retrieval.LONGEST), -1, -1):
+                context = row[i + 1 - length:i + 1]
+                counts = Counter(s[j + length] for s in stored for j in range(len(s) - length) if s[j:j + length] == context)
+                if counts:
+                    break
+            assert chance == pytest.approx(counts[row[i + 1]] / counts.total()) and sparse == (len(counts) == 1)
+            told += length > 3
+    assert told > 20  # long contexts did occur
+
+
+def test_a_row_in_the_prompt_keeps_the_entries_and_is_the_one_with_the_windows_words(base, ids, windows):
+    finder = retrieval.InPrompt(base, [encode_row(base, TEMPLATE, row) for row in ROWS[:12]], 40)
+    longer = finder.windows(windows)
+    for name in ("values", "example", "position"):
+        assert np.array_equal(getattr(entries_of(longer), name), getattr(entries_of(windows), name))
+    first = next(w for w in windows if w.example == 0 and w.position < 20)
+    assert finder.nearest(base.tokenizer.decode(first.ids, skip_special_tokens=True)) == encode_row(base, TEMPLATE, ROWS[3])
+    scores = rules.base_scores(base, longer, 2)
+    for window, start in zip(longer, entries_of(longer).offsets, strict=False):
+        z = torch.log_softmax(base.logits(base.hidden(torch.tensor([window.ids])))[0, window.skip], -1)
+        assert scores[start] == pytest.approx(float(z[window.ids[window.skip + 1]]), abs=1e-4)
+
+
+def test_the_correction_is_the_base_times_what_training_changed(base, windows):
+    decoder, fresh = make_decoder(seed=1), make_decoder(seed=2)
+    table, values = rules.correction_table(base, decoder, fresh, windows, 2), entries_of(windows).values
+    hidden = base.hidden(torch.tensor([windows[0].ids]))[:, windows[0].skip:-1]
+    z = base.logits(hidden)[0]
+    new, old = (d.log_probabilities(d.features(hidden.float())[0], z) for d in (decoder, fresh))
+    for column, weight in enumerate(rules.WEIGHTS.tolist()):
+        expected = torch.log_softmax(torch.log_softmax(z, -1) + weight * (new - old), -1)
+        assert table[:len(z), column] == pytest.approx(expected[range(len(z)), values[:len(z)]].detach().numpy(), abs=1e-3)
+
+
+def test_the_router_learns_where_the_memory_is_right():
+    draw = np.random.default_rng(0)
+    side = draw.integers(0, 2, 3000)
+    states = torch.from_numpy(np.where(side, 1.0, -1.0)[:, None] + 0.1 * draw.normal(size=(3000, 4))).float()
+    scores = {"base": np.where(side, -4.0, -0.5), "memory": np.where(side, -0.5, -4.0), "opinions": draw.normal(size=(3000, 5))}
+    part = rules.router_part(states, scores)
+    router = rules.fit_router(part, np.repeat(np.arange(30), 100), part, 0.1)
+    assert router.mixed(part).mean() > -0.6 > evaluation.mix_probabilities(scores["base"], scores["memory"]).mean(0).max()
+
+
+def test_knn_takes_the_best_of_all_settings_on_the_positions_given():
+    base, table = np.log([0.5, 0.1, 0.1]), np.log([[0.1, 0.6], [0.2, 0.5], [0.1, 0.4]])
+    assert retrieval.best_knn(base, table)[0] == 1
+    assert retrieval.best_share(base, table[:, 0]) < retrieval.best_share(base, table[:, 1])
+
+
+def test_an_answer_knows_a_word_in_its_first_sixty_and_keeps_its_facts():
+    row = {"Accepted": ["Paris"]}
+    assert answers.knows("It is paris.", row) and not answers.knows("Parish", row)
+    assert not answers.knows("so " * 60 + "Paris", row)
+    told = answers.facts("Ask the Department of Labor within 30 days, or pay $1,500. Then wait")
+    assert told == {"Department", "Labor", "30", "$1,500"}
+
+
+def test_the_table_has_a_line_for_each_rival_with_the_range_of_several_seeds():
+    row = {"perplexity": 10.0, "bits_a_byte": 1.0, "elsewhere": 20.0, "seconds": 5, "bytes": 2e6, "note": "alpha 0.5"}
+    results = [{"memory": {"base": row, "automatic alpha": row | {"perplexity": share * 10}},
+                "pace": {"automatic alpha": {"milliseconds_a_token": 7.0}}} for share in (0.8, 0.9)]
+    line = compare.table(results).split("\n")[-1]
+    assert line == "| automatic alpha | 8.50 | 0.850 | 0.800 to 0.900 | 1.000 | 1.000 | 5 | 2.0 | 7 | alpha 0.5 |"
