@@ -1,0 +1,80 @@
+"""Draws what benchmarks/compare.py measured, as four pictures in benchmarks/pictures/.
+
+    python benchmarks/plots.py build/compare/rows build/compare/demo
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from compare import rows_of
+
+OURS, OTHERS = "#c2570c", "#47617d"  # the memory's colour, as on the page, and the rivals'
+OWN = ("memory alone", "blend of logits", "blend of probabilities", "automatic alpha")
+
+
+def read(folder):
+    """The results of all seeds of a folder."""
+    return [json.loads(file.read_text()) for file in sorted(Path(folder).glob("seed_*.json"))]
+
+
+def panels(folders, wide, high):
+    """A figure with one panel a folder, and pairs (panel, results)."""
+    figure = Figure(figsize=(wide * len(folders), high), layout="constrained")
+    axes = figure.subplots(1, len(folders), squeeze=False)[0]
+    pairs = [(panel, read(folder)) for panel, folder in zip(axes, folders, strict=True)]
+    for panel, results in pairs:
+        setting = results[0]["setting"]
+        panel.set_title(f"{setting['rows']} rows, {setting['entries']:,} entries, {len(results)} seed{'s' * (len(results) > 1)}")
+    return figure, pairs
+
+
+def draw_dots(panel, results, key, label):
+    """A line of dots a rival, one dot a seed, the least at the top."""
+    rows = {name: [row[key] for row in found if row.get(key)] for name, found in rows_of(results).items()}
+    names = sorted((name for name in rows if rows[name]), key=lambda name: -np.mean(rows[name]))
+    for height, name in enumerate(names):
+        panel.plot(rows[name], [height] * len(rows[name]), "o", color=OURS if name in OWN else OTHERS)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xlabel(label)
+    if key == "megabytes":
+        panel.set_xscale("log")
+    else:
+        panel.axvline(1, color="gray", linestyle="--")
+
+
+def draw_alphas(panel, results):
+    """Held-out perplexity over alpha of the first seed, under both rules and the gate."""
+    sweep, base = results[0]["setting"]["alpha_sweep"], results[0]["memory"]["base"]["perplexity"]
+    for rule, style in (("logits", "-"), ("probabilities", "--")):
+        panel.plot(sweep["alpha"], np.array(sweep[rule]) / base, style, color=OURS, label=f"blend of {rule}")
+    panel.axhline(results[0]["memory"]["automatic alpha"]["perplexity"] / base, color=OURS, linestyle=":", label="automatic alpha")
+    panel.axhline(results[0]["kNN-LM"]["kNN-LM"]["perplexity"] / base, color=OTHERS, linestyle=":", label="kNN-LM")
+    panel.set(xlabel="alpha", ylabel="held-out perplexity, of the base's")
+    panel.legend()
+
+
+def main():
+    folders = sys.argv[1:]
+    if not folders or not all(read(folder) for folder in folders):
+        sys.exit("Name folders in which benchmarks/compare.py has left seed_N.json.")
+    drawings = {"shares": (partial(draw_dots, key="share", label="held-out perplexity, of the base's"), 6, 4.2),
+                "elsewhere": (partial(draw_dots, key="cost", label="perplexity of other text, of the base's"), 6, 4.2),
+                "sizes": (partial(draw_dots, key="megabytes", label="megabytes to keep"), 6, 4.2), "alphas": (draw_alphas, 5, 3.6)}
+    (HERE / "pictures").mkdir(exist_ok=True)
+    for name, (draw, wide, high) in drawings.items():
+        figure, pairs = panels(folders, wide, high)
+        for panel, results in pairs:
+            draw(panel, results)
+        figure.savefig(HERE / f"pictures/{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
