@@ -1,6 +1,7 @@
 """Answers of the demo's memory beside those of the base alone, of BM25 and of LoRA, and counts over 235 questions.
 
     python benchmarks/answers.py --lora build/compare/demo/lora > answers.md    # after benchmarks/compare.py --demo
+    python benchmarks/answers.py --twelve > twelve.md                           # twelve questions at alpha 0, auto and 1
 
 Asks the memory through the page's own code, with the page's own defaults and one seed, and writes Markdown. Every other way has
 the same temperature, top-k and ban on repeated runs. Nothing is chosen or mended.
@@ -28,7 +29,7 @@ from web.panels import NO_ANSWER
 
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
-SHORT = 64  # new tokens of an answer to a general question
+SHORT = 48  # new tokens of an answer to a general question
 AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
          "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
 
@@ -93,7 +94,7 @@ class NoRepeat(NoRepeatNGramLogitsProcessor):
 
 
 @torch.no_grad()
-def answers_of(base, prompts, temperature, no_repeat, most=SETTINGS["max_new_tokens"], batch_size=15):
+def answers_of(base, prompts, temperature, no_repeat, most, batch_size=15):
     """A model's answers to prompts (lists of token ids), by transformers' generate."""
     answers = []
     torch.manual_seed(SEED)
@@ -166,15 +167,14 @@ def unseen_table(ways, nearest):
         print(f"| {name} | " + " | ".join(map(str, counts(answers, nearest))) + " |")
 
 
-def general_table(ways):
-    right = {name: [knows(answer, row) for answer, row in zip(answers, GENERAL, strict=True)] for name, answers in ways.items()}
+def general_table(ways, rows, asked):
+    """rows: the questions that the base answers well, of so many asked."""
     titles = tuple({row["Title"].partition(":")[0] + ":" for row in ROWS})
-    print(f"\n| {len(GENERAL)} general questions | right | of those that the base gets right | begins as a stored answer |\n"
-          "|---|---:|---:|---:|")
+    print(f"\n| {len(rows)} of {asked} general questions, which the base answers well | still right | begins as a stored answer |\n"
+          "|---|---:|---:|")
     for name, answers in ways.items():
-        both = sum(a and b for a, b in zip(right[name], right[BASE], strict=True))
-        taken = sum(answer.strip().startswith(titles) for answer in answers)
-        print(f"| {name} | {sum(right[name])} | {both} of {sum(right[BASE])} | {taken} |")
+        right = sum(knows(answer, row) for answer, row in zip(answers, rows, strict=True))
+        print(f"| {name} | {right} | {sum(answer.strip().startswith(titles) for answer in answers)} |")
 
 
 def stored_line(answers, rows):
@@ -187,34 +187,49 @@ def stored_line(answers, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are those of app.py.")
     parser.add_argument("--lora", help="folder of the tuned model; without it that row is left out")
+    parser.add_argument("--twelve", action="store_true", help="answer twelve questions at three alphas, and count nothing")
     given, more = parser.parse_known_args()
     options = app.parse_options(["--demo", *more])
     manifest = read_manifest(options.model_dir)
     if manifest is None:
         sys.exit("Nothing is trained yet; run python train_memory_decoder.py --demo first.")
     chat = Chat.open(options, manifest)
-    rows, base, how = [example.row for example in chat.store.examples], chat.model.base, (options.temperature, options.no_repeat)
-    settings = {**SETTINGS, "temperature": options.temperature, "no_repeat": options.no_repeat}
+    how = {"temperature": options.temperature, "no_repeat": options.no_repeat}
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, "
           f"no run of {options.no_repeat} tokens twice.\n", flush=True)
-    show(chat, settings, (MEMORY, 0, AUTO))
+    if given.twelve:
+        show(chat, SETTINGS | how, (MEMORY, 0, AUTO))
+    else:
+        compare(chat, BaseLM.load(given.lora, manifest["dtype"]) if given.lora else None, how)
 
-    nearest, models = Nearest(rows), {BASE: base} | ({LORA: BaseLM.load(given.lora, manifest["dtype"])} if given.lora else {})
-    asked, general = ([row["Question"] for row in part] for part in (UNSEEN, GENERAL))
-    told = {BASE: lambda q: q, BM25: lambda q: f"{nearest(q)[1]}\n\n{q}", LORA: lambda q: q}
-    unseen, others = {}, {}
-    for name, form in told.items():
-        if model := models.get(name, base if name == BM25 else None):
-            for ways, questions, most in ((unseen, asked, SETTINGS["max_new_tokens"]), (others, general, SHORT)):
-                ways[name] = answers_of(model, [base.encode(chat.template.prompt(form(q))) for q in questions], *how, most)
-    unseen[MEMORY] = [ask(chat, question, settings, 0, AUTO) for question in asked]
-    others[MEMORY] = [ask(chat, question, settings | {"max_new_tokens": SHORT}, 0, AUTO) for question in general]
+
+def compare(chat, tuned, how):
+    """Print the answers to read and the three counts, under every way; tuned: the LoRA model or None."""
+    rows = [example.row for example in chat.store.examples]
+    nearest, base = Nearest(rows), chat.model.base
+
+    def model_says(model, questions, most=SETTINGS["max_new_tokens"]):
+        return answers_of(model, [base.encode(chat.template.prompt(question)) for question in questions], most=most, **how)
+
+    def memory_says(questions, most=SETTINGS["max_new_tokens"]):
+        return [ask(chat, question, SETTINGS | how | {"max_new_tokens": most}, 0, AUTO) for question in questions]
+
+    def all_say(questions, *most):
+        told = [f"{nearest(question)[1]}\n\n{question}" for question in questions]
+        said = {BASE: model_says(base, questions, *most), BM25: model_says(base, told, *most)}
+        said |= {LORA: model_says(tuned, questions, *most)} if tuned else {}
+        return said | {MEMORY: memory_says(questions, *most)}
+
+    asked = [row["Question"] for row in UNSEEN]
+    unseen = all_say(asked)
     for number, question in enumerate(asked[:READ], 1):
         print(f"**{number}. {question}**\n\n" + "".join(f"- {name}: {cell(said[number - 1])}\n" for name, said in unseen.items()))
     unseen_table(unseen, nearest)
-    general_table(others)
+    first = model_says(base, [row["Question"] for row in GENERAL], SHORT)
+    known = [row for answer, row in zip(first, GENERAL, strict=True) if knows(answer, row)]
+    general_table(all_say([row["Question"] for row in known], SHORT), known, len(GENERAL))
     rows = rows[::len(rows) // STORED][:STORED]
-    stored_line([ask(chat, row["Question"], settings, 0, AUTO) for row in rows], rows)
+    stored_line(memory_says([row["Question"] for row in rows]), rows)
 
 
 if __name__ == "__main__":
