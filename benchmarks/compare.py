@@ -1,14 +1,15 @@
-"""A memory against what one would take in its place: same base model, rows, held-out text and seconds.
+"""A memory against what one would take in its place, on the same base model, rows and held-out text.
 
     python benchmarks/compare.py --dataset train.jsonl --validation_dataset validation.jsonl --elsewhere wikitext2_valid.txt
     python benchmarks/compare.py --work build/compare/demo --elsewhere wikitext2_valid.txt --demo    # the demo's memory
 
-For each seed: trains a memory with script 1, then measures every rival. What is measured stays in <work>/seed_N.json, and the same
-command goes on from there. Even held-out rows choose every setting, odd ones report. Each seed draws its own training rows.
-Prints the tables. `python benchmarks/plots.py` draws them.
+For each seed: trains a memory with script 1, then measures every rival. LoRA and full tuning get as many seconds as the memory
+took. The figures stay in <work>/seed_N.json, and the same command goes on from there. Even held-out rows choose every setting, odd
+ones report. Each seed draws its own training rows. Prints the table. `python benchmarks/plots.py` draws it.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -32,12 +33,13 @@ from memory_decoder import MemoryDecoder, read_manifest
 from texts import encode_row, entries_of, make_windows, windows_of_sources
 
 SETTINGS = {"max_examples": 250, "max_length": 512, "batch_size": 4, "context": 16}
-HELD_ROWS = 40  # of the validation rows: half choose, half report
-CHARACTERS = 30_000  # of the text from elsewhere
+HELD_ROWS = slice(40, 80)  # of the validation rows; the first 40 were looked at while settings were chosen
+CHARACTERS = 30_000  # of the text from elsewhere, whose paragraphs are examples of their own
+DRAWS = 2000  # of the bootstrap over held-out rows
 
 
 class Part:
-    """Windows to score, with the log probabilities that base, memory and their blends give."""
+    """Windows to score, with the log probabilities of base, memory and blends."""
 
     def __init__(self, bench, windows):
         self.windows, self.entries = windows, entries_of(windows)
@@ -46,31 +48,41 @@ class Part:
         self.evidence = evaluation.evidence_before(self.scores)
 
 
+def paragraphs(text):
+    """The paragraphs of a text, without headings and empty lines."""
+    return [line.strip() for line in text.split("\n") if len(line.strip()) >= 100]
+
+
 class Bench:
     """One trained memory and the texts on which it and its rivals are measured."""
 
-    def __init__(self, given, elsewhere, work):
-        """given: the options of script 1, as words; elsewhere: the file of the other text; work: where tuned models are kept."""
-        self.given, self.work, options = given, work, script.parse_options(given)
+    def __init__(self, given, elsewhere, work, results):
+        """given: options of script 1, as words. elsewhere: file of the other text. results: what is measured already."""
+        self.given, self.elsewhere, self.work, self.results = given, elsewhere, work, results
+        self.options = options = script.parse_options(given)
         script.run(options)
-        self.options, self.folder = options, Path(options.output_dir)
+        self.folder = Path(options.output_dir)
         self.manifest, self.metrics = read_manifest(self.folder), json.loads((self.folder / "metrics.json").read_text())
         if self.metrics["resumed"]:
             sys.exit(f"{self.folder} was made in several runs, so its seconds are not known; delete it and start again.")
         self.seconds = {stage: value for stage, value in self.metrics["seconds"].items() if stage != "report"}
+        self.made = {"seconds": sum(self.seconds.values()), "size": (self.folder / "memory_decoder.pt").stat().st_size}
         self.base = BaseLM.load(options.base_model, options.dtype, options.device)
         self.decoder = MemoryDecoder.load(self.folder / "memory_decoder.pt").to(self.base.device)
         self.store, self.gate = Datastore.open(self.folder), Gate(**self.manifest["chosen"]["gate"])
-        self.corpus = Corpus.open(self.folder, self.manifest)
-        self.templates = self.corpus.templates(self.base)
-        self.learned = self.windows(self.corpus.examples)
-        self.rows, self.held_rows = self.ids(self.corpus.examples), self.ids(self.corpus.held)
-        self.other_ids = self.base.encode(Path(elsewhere).read_text(encoding="utf-8")[:CHARACTERS])
-        self.held, self.other = (self.part(windows) for windows in (
-            self.windows(self.corpus.held), make_windows(0, self.other_ids, options.max_length, 0)))
+        self.read_texts()
+
+    def read_texts(self):
+        corpus, base = Corpus.open(self.folder, self.manifest), self.base
+        self.templates = corpus.templates(base)
+        self.learned, held = self.windows(corpus.examples), self.windows(corpus.held)
+        self.rows, self.held_rows = self.ids(corpus.examples), self.ids(corpus.held)
+        self.other_rows = [base.encode(text) for text in paragraphs(Path(self.elsewhere).read_text(encoding="utf-8")[:CHARACTERS])]
+        other = [w for number, ids in enumerate(self.other_rows) for w in make_windows(number, ids, self.options.max_length, 0)]
+        self.held, self.other = self.part(held), self.part(other)
+        self.own = evaluation.sample_windows(base, self.options.max_length, self.options.seed)
         self.report = self.held.entries.example % 2 == 1
-        self.own = evaluation.sample_windows(self.base, options.max_length, options.seed)
-        sizes = {token: len(token_bytes(self.base.tokenizer, token)) for token in set(self.held.entries.values.tolist())}
+        sizes = {token: len(token_bytes(base.tokenizer, token)) for token in set(self.held.entries.values.tolist())}
         self.bytes = sum(sizes[token] for token in self.held.entries.values[self.report].tolist())
 
     def part(self, windows):
@@ -78,7 +90,8 @@ class Bench:
 
     def setting(self):
         return {"base_model": self.options.base_model, "rows": len(self.rows), "entries": len(self.store), "seconds": self.seconds,
-                "positions": int(self.report.sum()), "bytes": self.bytes, "threads": torch.get_num_threads(),
+                "positions": int(self.report.sum()), "examples": len(set(self.held.entries.example[self.report].tolist())),
+                "bytes": self.bytes, "threads": torch.get_num_threads(), "elsewhere": len(self.other.base),
                 "alpha_sweep": self.metrics["alpha_sweep"]}
 
     def stage(self, name):
@@ -93,24 +106,30 @@ class Bench:
         return [encode_row(self.base, self.templates[example.source], example.row) for example in examples]
 
     def row(self, held, other, seconds=0.0, size=0, note=""):
-        """A row of the table, from log probabilities of the held-out positions and of the text from elsewhere."""
-        held = held[self.report]
-        return {"perplexity": evaluation.perplexity(held), "bits_a_byte": float(-held.sum(dtype=float) / np.log(2) / self.bytes),
+        """A row of the table, from log probabilities of the held-out positions and of the text from elsewhere.
+
+        nats: of each reported example, and its positions. size: bytes to keep beside the base, as they are stored.
+        """
+        held, example = held[self.report].astype(float), self.held.entries.example[self.report]
+        nats = [[round(-held[example == number].sum(), 4), int((example == number).sum())] for number in np.unique(example)]
+        return {"nats": nats, "perplexity": evaluation.perplexity(held), "bits_a_byte": float(-held.sum() / np.log(2) / self.bytes),
                 "elsewhere": evaluation.perplexity(other), "seconds": round(seconds, 1), "bytes": int(size), "note": note}
 
     def chosen(self, table, other, choices, note, **more):
-        """The row of the column that gives the choosing half the most probability."""
+        """The row of the setting, a column of both tables, with the highest likelihood on the choosing half."""
         best = int(np.argmax(table[~self.report].mean(0, dtype=float)))
         return self.row(table[:, best], other[:, best], note=note.format(choices[best]), **more)
 
 
 def measure(given, work, seed, elsewhere, wanted):
     """Everything of one seed, as {rival: {row: figures}}; goes on from <work>/seed_N.json."""
-    file = work / f"seed_{seed}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file, key = work / f"seed_{seed}.json", [*given, hashlib.sha256(Path(elsewhere).read_bytes()).hexdigest()]
+    results = json.loads(file.read_text()) if file.exists() else {"given": key}
+    if results["given"] != key:
+        sys.exit(f"{file} was measured with other options or another text; name another --work.")
     missing = [name for name in wanted if name not in results]
     if missing:
-        bench = Bench(given, elsewhere, work)
+        bench = Bench(given, elsewhere, work, results)
         results["setting"] = bench.setting()
     for name in missing:
         began = time.monotonic()
@@ -132,19 +151,31 @@ def rows_of(results):
     return rows
 
 
+def against(found, auto):
+    """Perplexity over that of the automatic alpha, with a 95% interval by a bootstrap over held-out rows, as text."""
+    nats, counts = (np.array([[a[0] - b[0], a[1]] for row, other in zip(found, auto, strict=False)
+                              for a, b in zip(row["nats"], other["nats"], strict=True)]).T)
+    picks = np.random.default_rng(0).integers(0, len(nats), (DRAWS, len(nats)))
+    low, high = np.quantile(np.exp(nats[picks].sum(1) / counts[picks].sum(1)), (0.025, 0.975))
+    return f"{np.exp(nats.sum() / counts.sum()):.3f} ({low:.3f} to {high:.3f})"
+
+
 def table(results):
     """The Markdown table: means over seeds, and the range of the shares of the base's perplexity."""
-    columns = {"perplexity": ".2f", "share": ".3f", "range": "", "bits_a_byte": ".3f", "cost": ".3f", "seconds": ".0f",
-               "megabytes": ".1f", "milliseconds_a_token": ".0f"}
-    lines = ["| | perplexity | of the base's | range | bits a byte | elsewhere | seconds | MB | ms a token | chosen |",
-             "|---|---:|---:|---|---:|---:|---:|---:|---:|---|"]
-    for name, found in rows_of(results).items():
+    columns = {"perplexity": ".2f", "share": ".3f", "range": "", "against": "", "bits_a_byte": ".3f", "cost": ".3f",
+               "seconds": ".0f", "megabytes": ".1f", "milliseconds_a_token": ".0f", "prompt_milliseconds": ".0f"}
+    lines = ["| | perplexity | of the base's | range | over automatic alpha's (95%) | bits a byte | elsewhere, of the base's "
+             "| seconds | MB | ms a token | ms a prompt | chosen |", f"|---|{'---:|' * len(columns)}---|"]
+    rows = rows_of(results)
+    for name, found in rows.items():
         cells = {key: format(np.mean([row[key] for row in found if key in row]), form) for key, form in columns.items()
                  if any(key in row for row in found)}
-        shares = [row["share"] for row in found if "share" in row]
+        scored = [row for row in found if "share" in row]
+        shares = [row["share"] for row in scored]
         cells["range"] = f"{min(shares):.3f} to {max(shares):.3f}" if len(shares) > 1 else ""
-        note = next((row["note"] for row in found if row.get("note")), "")
-        lines.append(f"| {name} | {' | '.join(cells.get(key, '') for key in columns)} | {note} |")
+        cells["against"] = against(scored, [row for row in rows["automatic alpha"] if "share" in row]) if scored else ""
+        notes = dict.fromkeys(row["note"] for row in found if row.get("note"))
+        lines.append(f"| {name} | {' | '.join(cells.get(key, '') for key in columns)} | {', or '.join(notes)} |")
     return "\n".join(lines)
 
 
@@ -153,21 +184,21 @@ def main():
     parser.add_argument("--base_model", default=DEMO_MODEL)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build/compare/rows", help="where memories and figures are kept")
-    parser.add_argument("--validation_dataset", type=Path, help=f"JSONL; its first {HELD_ROWS} rows are held out")
-    parser.add_argument("--elsewhere", required=True, help="a text of another kind, on which nothing shall get worse")
+    parser.add_argument("--validation_dataset", type=Path, help=f"JSONL; rows {HELD_ROWS.start} to {HELD_ROWS.stop} are held out")
+    parser.add_argument("--elsewhere", required=True, help="a text of another domain, to measure what each way costs there")
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS))
     given, more = parser.parse_known_args()
     given.work.mkdir(parents=True, exist_ok=True)
     if given.validation_dataset:
-        lines = given.validation_dataset.read_text(encoding="utf-8").split("\n")[:HELD_ROWS]
+        lines = given.validation_dataset.read_text(encoding="utf-8").split("\n")[HELD_ROWS]
         (given.work / "held.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         more += ["--validation_dataset", str(given.work / "held.jsonl")]
     results = []
     for seed in given.seeds:
-        words = ["--demo"] if "--demo" in more else [
-            "--base_model", given.base_model, "--output_dir", str(given.work / f"seed_{seed}"),
-            *(word for name, value in SETTINGS.items() for word in (f"--{name}", str(value)))]
-        results.append(measure([*words, "--seed", str(seed), *more], given.work, seed, given.elsewhere, given.rivals))
+        words = ["--output_dir", str(given.work / f"seed_{seed}"), "--seed", str(seed)]
+        if "--demo" not in more:
+            words += ["--base_model", given.base_model, *(w for name, value in SETTINGS.items() for w in (f"--{name}", str(value)))]
+        results.append(measure([*words, *more], given.work, seed, given.elsewhere, given.rivals))
     print("\n" + table(results))
 
 

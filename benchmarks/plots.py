@@ -15,9 +15,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from compare import rows_of
+from rivals import CORRECTION, KNN_LM, ROUTER
 
-OURS, OTHERS = "#c2570c", "#47617d"  # the memory's colour, as on the page, and the rivals'
-OWN = ("memory alone", "blend of logits", "blend of probabilities", "automatic alpha")
+OURS, OTHERS = "#c2570c", "#47617d"  # what uses the memory, in its colour on the page, and what does not
+OWN = ("memory alone", "blend of logits", "blend of probabilities", "automatic alpha", CORRECTION, ROUTER)
 
 
 def read(folder):
@@ -56,7 +57,7 @@ def draw_alphas(panel, results):
     for rule, style in (("logits", "-"), ("probabilities", "--")):
         panel.plot(sweep["alpha"], np.array(sweep[rule]) / base, style, color=OURS, label=f"blend of {rule}")
     panel.axhline(results[0]["memory"]["automatic alpha"]["perplexity"] / base, color=OURS, linestyle=":", label="automatic alpha")
-    panel.axhline(results[0]["kNN-LM"]["kNN-LM"]["perplexity"] / base, color=OTHERS, linestyle=":", label="kNN-LM")
+    panel.axhline(results[0]["kNN-LM"][KNN_LM]["perplexity"] / base, color=OTHERS, linestyle=":", label="kNN-LM")
     panel.set(xlabel="alpha", ylabel="held-out perplexity, of the base's")
     panel.legend()
 

@@ -1,4 +1,4 @@
-"""Rivals that look text up: kNN-LM at its best setting, an exact n-gram over the rows, and a row in the prompt by BM25."""
+"""Rivals that look text up: kNN-LM at its best setting, an n-gram of any length over the rows, and BM25."""
 
 import bisect
 import itertools
@@ -14,7 +14,7 @@ NEIGHBOURS = (8, 32, 128, 1024)  # K that kNN-LM is tried with, each at all of t
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 16.0)  # temperatures, times the one the memory was trained with
 LAMBDAS = np.linspace(0, 1, 21)
 LONGEST = 32  # tokens of context that the n-gram looks up at most
-QUERY = 64  # tokens of a text that BM25 is asked with; the base alone predicts them
+QUERY = 64  # first tokens of a window, with which BM25 is asked; the base alone predicts them
 
 
 def knn_table(base, store, windows, temperature, batch_size):
@@ -39,22 +39,23 @@ def mixed(base, other, share):
 
 
 def best_share(base, other):
-    """The share, among LAMBDAS, under which the mixture gives the positions the most probability."""
+    """The share, among LAMBDAS, with the highest likelihood."""
     means = [mixed(base, other, share).mean() for share in LAMBDAS]
     return float(LAMBDAS[int(np.argmax(means))])
 
 
 def best_knn(base, table):
-    """(column of the table, lambda) that give the positions the most probability."""
+    """(column of the table, lambda) with the highest likelihood."""
     found = [(mixed(base, column, share).mean(), number, share) for number, column in enumerate(table.T) for share in LAMBDAS]
     _, number, share = max(found)
     return number, float(share)
 
 
 class NGram:
-    """The next tokens behind the longest stretch of context that stands in the rows: infini-gram (arXiv 2401.17377), section 3.
+    """Predicts what followed the longest end of the context that occurs in the rows, found in a suffix array.
 
-    A suffix array over the rows' token ids. Ties and unseen continuations give probability 0, so it is mixed with the base.
+    A token that never followed there gets probability 0, so the result is mixed with the base. Infini-gram, Liu et al. 2024
+    (arXiv 2401.17377).
     """
 
     def __init__(self, rows):
@@ -64,7 +65,7 @@ class NGram:
         self.order = sorted(range(len(self.ids)), key=lambda i: self.ids[i:i + LONGEST])
 
     def spans(self, pattern):
-        """The places (low, high) in the suffix array of what begins with a pattern."""
+        """Places (low, high) in the suffix array: the suffixes that begin with a pattern."""
         def start(i):
             return self.ids[i:i + len(pattern)]
         low = bisect.bisect_left(self.order, pattern, key=start)
@@ -78,7 +79,7 @@ class NGram:
         return Counter(token for i in self.order[low:high] if (token := self.ids[i + len(pattern)]) >= 0)
 
     def predict(self, row):
-        """Per position of a row but the last: (probability of the next token, whether one token alone was ever next)."""
+        """For each position except the last: (probability of the next token, whether only one token ever followed)."""
         found, length = [], 0
         for i in range(len(row) - 1):
             length = min(length + 1, LONGEST, i + 1)  # a match is at most one token longer than the one before
@@ -97,31 +98,46 @@ def ngram_scores(ngram, rows, windows):
         return np.log(chance), sparse.astype(bool)
 
 
-class InPrompt:
-    """Puts the row that BM25 finds for the first QUERY tokens of a window in front of it: in-context RALM (arXiv 2302.00083)."""
+class BM25:
+    """Finds the text that is nearest to a query."""
 
-    def __init__(self, base, rows, most):
-        """rows: each stored row's token ids; most: tokens of one that go into a prompt."""
-        self.base, self.rows, self.most = base, rows, most
-        self.texts = [base.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    def __init__(self, texts):
         self.index = bm25s.BM25()
-        self.index.index(bm25s.tokenize(self.texts, stopwords="en", show_progress=False), show_progress=False)
-
-    def nearest(self, text):
-        """The token ids of the row that is nearest to a text."""
-        found, _ = self.index.retrieve(bm25s.tokenize([text or "-"], stopwords="en", show_progress=False), k=1, show_progress=False)
-        return self.rows[found[0, 0]]
-
-    def windows(self, windows):
-        """The same windows, with the same entries, behind what was found for each."""
-        longer = []
-        for w in windows:
-            row = self.nearest(self.base.tokenizer.decode(w.ids[:QUERY], skip_special_tokens=True))
-            front = [token for token in row[1:self.most] if token not in self.base.ends]
-            longer.append(Window(w.example, [w.ids[0], *front, *w.ids[1:]], w.skip + len(front), w.position))
-        return longer
+        self.index.index(self.words(texts), show_progress=False)
 
     @staticmethod
-    def asked_with(windows):
-        """Whether each position (P,) lies in the part of its window that BM25 is asked with."""
+    def words(texts):
+        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+
+    def __call__(self, query):
+        """The number of the nearest text."""
+        found, _ = self.index.retrieve(self.words([query or "-"]), k=1, show_progress=False)
+        return int(found[0, 0])
+
+
+class InPrompt:
+    """Puts one stored row before each window: the row that BM25 finds for the window's first QUERY tokens.
+
+    A simple form of in-context RALM (Ram et al. 2023, arXiv 2302.00083), which searches again every few tokens.
+    """
+
+    def __init__(self, base, rows, most):
+        """rows: token ids of each stored row. most: tokens of a row that go into a prompt."""
+        self.base, self.rows, self.most, self.newline = base, rows, most, base.encode("\n")[1:]
+        self.texts = [base.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        self.nearest = BM25(self.texts)
+
+    def front(self, ids):
+        """Token ids to put before a window: the nearest row with its own marks, and a newline."""
+        query = self.base.tokenizer.decode(ids[:QUERY], skip_special_tokens=True)
+        return [*self.rows[self.nearest(query)][:self.most], *self.newline]
+
+    def windows(self, windows):
+        """The same windows, with the same entries, each after its row."""
+        pairs = [(w, self.front(w.ids)) for w in windows]
+        return [Window(w.example, [*front, *w.ids], w.skip + len(front), w.position) for w, front in pairs]
+
+    @staticmethod
+    def in_query(windows):
+        """Whether each position (P,) belongs to the query of its window."""
         return np.concatenate([np.arange(w.skip, len(w.ids) - 1) < QUERY for w in windows])

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import time
 
 import numpy as np
@@ -12,39 +14,54 @@ import tuned
 
 import evaluation
 import train_memory_decoder as script
-from datastore import open_keys
-from generation import AUTO, KNN, MemoryAugmentedLM, Settings
+from datastore import Datastore, build_index, open_keys
+from generation import KNN, Evidence, MemoryAugmentedLM, Settings, blend, opinions
 from memory_decoder import MemoryDecoder
 from texts import entries_of
 
 LEARNING_RATES = {"LoRA": 1e-3, "full tuning": 1e-4}
-PROMPT = "BM25's row in the prompt"
+KNN_LM, NGRAM, PROMPT = "base + kNN (kNN-LM)", "base + n-gram (infini-gram)", "base, one BM25 row in the prompt"
+CORRECTION, ROUTER = "memory as a correction (proxy tuning)", "memory, learned router"
+UNTAUGHT, ORIGINAL = "trained without neighbours", "original's settings"
 TOKENS, PROMPTS = 48, 4  # of the answers whose time is measured
 
 
-def memory_rows(bench):
-    held, other, alphas = bench.held, bench.other, [f"{a:.2g}" for a in evaluation.ALPHAS]
-    made = {"seconds": sum(bench.seconds.values()), "size": (bench.folder / "memory_decoder.pt").stat().st_size}
+def alphas():
+    return [f"{alpha:.2g}" for alpha in evaluation.ALPHAS]
+
+
+def blend_rows(bench, prefix=""):
+    """The rows of a memory: alone, under both rules at their best alpha, and under its gate."""
+    held, other, made = bench.held, bench.other, bench.made
     auto = [evaluation.gated(bench.gate, part.scores, part.evidence) for part in (held, other)]
-    return {"base": bench.row(held.base, other.base), "memory alone": bench.row(held.memory, other.memory, **made),
-            "blend of logits": bench.chosen(held.scores["blend_logits"], other.scores["blend_logits"], alphas, "alpha {}", **made),
-            "blend of probabilities": bench.chosen(*(evaluation.mix_probabilities(p.base, p.memory) for p in (held, other)),
-                                                   alphas, "alpha {}", **made),
-            "automatic alpha": bench.row(auto[0][0], auto[1][0], **made, note=f"alpha {auto[0][1][bench.report].mean():.2f} "
-                                         f"on average, elsewhere {auto[1][1].mean():.2f}")}
+    note = f"alpha {auto[0][1][bench.report].mean():.2f} on average, elsewhere {auto[1][1].mean():.2f}"
+    tables = {"logits": [part.scores["blend_logits"] for part in (held, other)],
+              "probabilities": [evaluation.mix_probabilities(part.base, part.memory) for part in (held, other)]}
+    return {prefix + "memory alone": bench.row(held.memory, other.memory, **made),
+            **{f"{prefix}blend of {rule}": bench.chosen(*pair, alphas(), "alpha {}", **made) for rule, pair in tables.items()},
+            prefix + "automatic alpha": bench.row(auto[0][0], auto[1][0], note=note, **made)}
+
+
+def memory_rows(bench):
+    return {"base": bench.row(bench.held.base, bench.other.base)} | blend_rows(bench)
 
 
 def knn_rows(bench):
+    """Exact search, so that no index stands between kNN-LM and its best setting."""
+    keys = open_keys(bench.stage("datastore") / "keys.f16", bench.base.width)
+    store = bench.store
+    exact = Datastore(*build_index(keys, "Flat"), store.values, store.example, store.position, store.examples)
     temperature = bench.metrics["training_knn_temperature"]
-    held, other = (retrieval.knn_table(bench.base, bench.store, part.windows, temperature, bench.options.batch_size)
+    held, other = (retrieval.knn_table(bench.base, exact, part.windows, temperature, bench.options.batch_size)
                    for part in (bench.held, bench.other))
     number, share = retrieval.best_knn(bench.held.base[~bench.report], held[~bench.report])
     k, factor = list(itertools.product(retrieval.NEIGHBOURS, retrieval.FACTORS))[number]
     size = sum((bench.folder / name).stat().st_size for name in ("faiss_index.bin", "datastore_values.npy"))
-    return {"kNN-LM": bench.row(retrieval.mixed(bench.held.base, held[:, number], share),
-                                retrieval.mixed(bench.other.base, other[:, number], share),
-                                bench.seconds["datastore"] + bench.seconds["index"], size,
-                                f"K {k}, temperature {factor * temperature:.4g}, lambda {share:.2f}")}
+    return {KNN_LM: bench.row(retrieval.mixed(bench.held.base, held[:, number], share),
+                              retrieval.mixed(bench.other.base, other[:, number], share),
+                              bench.seconds["datastore"] + bench.seconds["index"], size,
+                              f"K {k}, temperature {factor * temperature:.4g}, lambda {share:.2f}")
+            | {"chosen": [k, factor * temperature, share]}}
 
 
 def ngram_rows(bench):
@@ -52,22 +69,26 @@ def ngram_rows(bench):
     ngram = retrieval.NGram(bench.rows)
     seconds, size = time.monotonic() - began, 8 * len(ngram.ids)
     held, sparse = retrieval.ngram_scores(ngram, bench.held_rows, bench.held.windows)
-    other, other_sparse = retrieval.ngram_scores(ngram, [bench.other_ids], bench.other.windows)
+    other, other_sparse = retrieval.ngram_scores(ngram, bench.other_rows, bench.other.windows)
     shares = [retrieval.best_share(bench.held.base[mask], held[mask]) for mask in (~bench.report & sparse, ~bench.report & ~sparse)]
     mixed = [retrieval.mixed(base, scores, np.where(mask, *shares)) for base, scores, mask in (
         (bench.held.base, held, sparse), (bench.other.base, other, other_sparse))]
-    note = "lambda {:.2f} where one token alone ever followed, else {:.2f}".format(*shares)
-    return {"n-gram": bench.row(*mixed, seconds, size, note)}
+    note = "lambda {:.2f} where only one token ever followed, else {:.2f}".format(*shares)
+    return {NGRAM: bench.row(*mixed, seconds, size, note)}
 
 
 def prompt_rows(bench):
     began = time.monotonic()
     finder = retrieval.InPrompt(bench.base, bench.rows, bench.options.max_length)
-    seconds, found = time.monotonic() - began, []
+    made = {"seconds": time.monotonic() - began, "size": sum(map(len, map(str.encode, finder.texts)))}
+    told, query = [], finder.in_query(bench.held.windows)
     for part in (bench.held, bench.other):
-        told = rules.base_scores(bench.base, finder.windows(part.windows), 1)
-        found.append(np.where(finder.asked_with(part.windows), part.base, told))
-    return {PROMPT: bench.row(*found, seconds, sum(map(len, map(str.encode, finder.texts))))}
+        found = rules.base_scores(bench.base, finder.windows(part.windows), 1)
+        told.append(np.where(finder.in_query(part.windows), part.base, found))
+    mixed = [evaluation.mix_probabilities(bench.held.base, told[0]), evaluation.mix_probabilities(bench.other.base, told[1])]
+    note = f"{query[bench.report].mean():.0%} of the positions are the query, the base's own"
+    return {PROMPT: bench.row(*told, note=note, **made),
+            f"{PROMPT}, best alpha": bench.chosen(*mixed, alphas(), "alpha {}", **made)}
 
 
 def correction_rows(bench):
@@ -76,18 +97,20 @@ def correction_rows(bench):
     assert torch.equal(fresh.seen.cpu(), bench.decoder.seen.cpu())
     tables = [rules.correction_table(bench.base, bench.decoder, fresh, part.windows, bench.options.batch_size)
               for part in (bench.held, bench.other)]
-    return {"base + weight (memory - untrained)": bench.chosen(*tables, [f"{w:.1f}" for w in rules.WEIGHTS], "weight {}",
-                                                               seconds=sum(bench.seconds.values()))}
+    made = bench.made | {"size": 2 * bench.made["size"]}
+    return {CORRECTION: bench.chosen(*tables, [f"{weight:.1f}" for weight in rules.WEIGHTS], "weight {}", **made)}
 
 
 def router_rows(bench):
-    size, own = bench.options.batch_size, bench.part(bench.own)
-    held, other, of_base = (rules.router_part(rules.states(bench.base, bench.decoder, part.windows, size), part.scores)
-                            for part in (bench.held, bench.other, own))
+    began, own = time.monotonic(), bench.part(bench.own)
+    held, other, of_base = (rules.router_part(rules.states(bench.base, bench.decoder, part.windows, bench.options.batch_size),
+                                              part.scores, part.evidence) for part in (bench.held, bench.other, own))
     choose = torch.from_numpy(~bench.report)
     router = rules.fit_router(tuple(x[choose] for x in held), bench.held.entries.example[~bench.report], of_base,
                               evaluation.SAMPLES_WEIGHT, bench.options.seed)
-    return {"router on hidden states": bench.row(router.mixed(held), router.mixed(other), sum(bench.seconds.values()))}
+    numbers = sum(p.numel() for p in router.parameters())
+    made = {"seconds": bench.made["seconds"] + time.monotonic() - began, "size": bench.made["size"] + 4 * numbers}
+    return {ROUTER: bench.row(router.mixed(held), router.mixed(other), note=f"{numbers:,} numbers", **made)}
 
 
 def tuned_rows(bench, name):
@@ -95,23 +118,26 @@ def tuned_rows(bench, name):
     model, trained, steps, passes = tuned.tune(bench.base, bench.learned, seconds, LEARNING_RATES[name], name == "LoRA",
                                                bench.options.seed)
     if name == "LoRA":  # benchmarks/answers.py asks it
-        model.model.save_pretrained(bench.work / "lora"), bench.base.tokenizer.save_pretrained(bench.work / "lora")
+        folder = bench.work / f"lora_{bench.options.seed}"
+        model.model.save_pretrained(folder), bench.base.tokenizer.save_pretrained(folder)
     scores = [tuned.score_pair(bench.base, model, windows, bench.options.batch_size)
               for windows in (bench.held.windows, bench.other.windows, bench.own)]
     evidence = [evaluation.evidence_before(part) for part in scores]
     gate = evaluation.fit_gate([(evaluation.half(scores[0], 0), evidence[0][~bench.report], 1),
                                 (scores[2], evidence[2], evaluation.SAMPLES_WEIGHT)])
     mixed = [evaluation.gated(gate, *pair)[0] for pair in zip(scores[:2], evidence[:2], strict=True)]
-    made = {"seconds": seconds, "size": 4 * trained, "note": f"{steps} steps, {passes} whole passes"}
+    note = f"{steps} steps, {passes} whole passes, learning rate {LEARNING_RATES[name]:g}"
+    made = {"seconds": seconds, "size": 4 * trained, "note": note}
     return {name: bench.row(scores[0]["memory"], scores[1]["memory"], **made),
             f"{name}, automatic alpha": bench.row(*mixed, **made)}
 
 
 def original_rows(bench):
-    """The original demo's recipe: one entry a row, cut at 128 tokens, and a decoder that sees one state."""
+    """The original demo's settings in today's code: one entry a row, cut at 128 tokens, and a decoder that sees one state."""
     folder = bench.folder.with_name(bench.folder.name + "_original")
-    words = ["--original", "--max_length", "128", "--batch_size", "16", "--output_dir", str(folder)]
-    script.run(script.parse_options([*bench.given, *words]))
+    words = [word for name, value in (script.ORIGINAL | {"max_length": 128, "batch_size": 16}).items()
+             for word in (f"--{name}", str(value))]
+    script.run(script.parse_options([*bench.given, *words, "--output_dir", str(folder)]))
     metrics, decoder = json.loads((folder / "metrics.json").read_text()), MemoryDecoder.load(folder / "memory_decoder.pt")
     scores = (evaluation.score_positions(bench.base, decoder, part.windows, bench.options.batch_size, sweep=True)
               for part in (bench.held, bench.other))
@@ -119,38 +145,64 @@ def original_rows(bench):
     made = {"seconds": sum(value for stage, value in metrics["seconds"].items() if stage != "report"),
             "size": (folder / "memory_decoder.pt").stat().st_size}
     half = len(evaluation.ALPHAS) // 2
-    return {"original recipe": bench.row(held[:, half], other[:, half], note="alpha 0.5, its default", **made),
-            "original recipe, best alpha": bench.chosen(held, other, [f"{a:.2g}" for a in evaluation.ALPHAS], "alpha {}", **made)}
+    return {ORIGINAL: bench.row(held[:, half], other[:, half], note="alpha 0.5, its default", **made),
+            f"{ORIGINAL}, best alpha": bench.chosen(held, other, alphas(), "alpha {}", **made)}
+
+
+def untaught_rows(bench):
+    """The same decoder, keys and passes with the next tokens alone to learn from: kl_weight 0."""
+    folder = bench.folder.with_name(bench.folder.name + "_untaught")
+    if not folder.exists():
+        shutil.copytree(bench.folder, folder, copy_function=os.link)
+    given = [*bench.given, "--kl_weight", "0", "--output_dir", str(folder)]
+    return blend_rows(type(bench)(given, bench.elsewhere, bench.work, bench.results), f"{UNTAUGHT}: ")
 
 
 def pace_rows(bench):
-    """Milliseconds a token of an answer, with the reading of its prompt. The ways take turns, and medians count."""
+    """Milliseconds a generated token, and those of reading the prompt. All ways write TOKENS tokens, the likeliest, in turn."""
     finder, times = retrieval.InPrompt(bench.base, bench.rows, bench.options.max_length), {}
     model = MemoryAugmentedLM(bench.base, bench.decoder, bench.templates[0], bench.gate, bench.store)
-    rules_of = {"blend of probabilities": "probabilities", "automatic alpha": AUTO, "kNN-LM": KNN}
+    k, temperature, share = bench.results["kNN-LM"][KNN_LM]["chosen"]
+    knn = Settings(rule=KNN, knn_k=k, knn_temperature=temperature)
+
+    def automatic(base, memory, evidence):
+        return float(bench.gate.alpha(opinions(base, memory).cpu().numpy(), evidence.means))
+
     for number, window in itertools.product(range(2), bench.held.windows[:PROMPTS]):  # the first round warms up
         ids = window.ids[:2 * retrieval.QUERY]
-        text = bench.base.tokenizer.decode(ids, skip_special_tokens=True)
-        found = [ids[0], *finder.nearest(text)[1:bench.options.max_length], *ids[1:]]
-        ways = {"base": lambda ids=ids: alone(bench.base, ids), PROMPT: lambda ids=found: alone(bench.base, ids)}
-        for name, rule in rules_of.items():
-            ways[name] = lambda text=text, rule=rule: sum(1 for _ in model.stream(text, Settings(rule=rule, temperature=0), TOKENS))
+        ways = {"base": lambda ids=ids: alone(bench.base, ids),
+                PROMPT: lambda ids=ids: alone(bench.base, [*finder.front(ids), *ids]),
+                "blend of probabilities": lambda ids=ids: together(model, ids, lambda *_: 0.5),
+                "automatic alpha": lambda ids=ids: together(model, ids, automatic, Evidence()),
+                KNN_LM: lambda ids=ids: together(model, ids, lambda *_: share, None, lambda hidden: model.search(hidden, knn))}
         for name, way in ways.items():
-            began = time.perf_counter()
-            count = way()
-            times.setdefault((name, number), []).append(1000 * (time.perf_counter() - began) / count)
-    return {name: {"milliseconds_a_token": float(np.median(found))} for (name, number), found in times.items() if number}
+            marks = [time.perf_counter(), *(time.perf_counter() for _ in way())]
+            times.setdefault((name, number), []).append(1000 * np.diff(marks))
+    return {name: {"milliseconds_a_token": float(np.median([gaps[1:] for gaps in found])),
+                   "prompt_milliseconds": float(np.median([gaps[0] for gaps in found]))}
+            for (name, number), found in times.items() if number}
+
+
+def together(model, ids, choose, evidence=None, search=None):
+    """Yield TOKENS times, after each token that base and memory write together; choose: (logits, logits, evidence) -> alpha."""
+    steps = model.steps(ids, evidence, search)
+    _, base, memory = next(steps)
+    for _ in range(TOKENS):
+        token = int(blend(base, memory, choose(base, memory, evidence), "probabilities").argmax())
+        yield token
+        _, base, memory = steps.send(token)
 
 
 @torch.no_grad()
 def alone(base, ids):
-    """Write TOKENS tokens with the base alone; returns how many."""
+    """Yield TOKENS times, after each token that the base writes alone."""
     cache, new = base.new_cache(), torch.tensor([ids])
     for _ in range(TOKENS):
-        new = base.logits(base.hidden(new, cache)[:, -1]).argmax(-1)[None].cpu()
-    return TOKENS
+        token = int(base.logits(base.hidden(new, cache)[:, -1]).argmax())
+        yield token
+        new = torch.tensor([[token]])
 
 
 RIVALS = {"memory": memory_rows, "kNN-LM": knn_rows, "pace": pace_rows, "n-gram": ngram_rows, "prompt": prompt_rows,
           "correction": correction_rows, "router": router_rows, "LoRA": lambda bench: tuned_rows(bench, "LoRA"),
-          "full tuning": lambda bench: tuned_rows(bench, "full tuning"), "original": original_rows}
+          "full tuning": lambda bench: tuned_rows(bench, "full tuning"), "original": original_rows, "untaught": untaught_rows}

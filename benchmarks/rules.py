@@ -17,7 +17,7 @@ EPOCHS, ROUTER_BATCH = 60, 1024  # at most; the best by examples that the router
 
 
 def batches_of(base, windows, batch_size, *decoders):
-    """Yield (slice of positions, hidden states (n, H), next tokens (n, 1), each decoder's features (n, C))."""
+    """Yield (slice of positions, hidden states (n, H), next tokens (n, 1), features (n, C) of each decoder)."""
     values, _, _, offsets = entries_of(windows)
     for first, hidden in hidden_batches(base, windows, batch_size):
         here = slice(offsets[first], offsets[first] + len(hidden))
@@ -61,7 +61,7 @@ def correction_table(base, decoder, fresh, windows, batch_size):
 
 @torch.no_grad()
 def states(base, decoder, windows, batch_size):
-    """What a router reads of every position: the base's hidden state and the memory's features (P, H + C), each normalised."""
+    """The base's hidden states and the memory's features (P, H + C), each normalised."""
     parts = []
     for _, hidden, _, (features,) in batches_of(base, windows, batch_size, decoder):
         parts.append(torch.cat([F.layer_norm(x.float(), x.shape[-1:]) for x in (hidden, features)], 1).cpu())
@@ -69,9 +69,9 @@ def states(base, decoder, windows, batch_size):
 
 
 class Router(nn.Module):
-    """Alpha of every position by a small network on both models' states and their opinions.
+    """Chooses alpha at every position with a small network over both models' states, their opinions and the evidence.
 
-    After MemSFT (arXiv 2607.25614) and Intern-S2 (arXiv 2608.13505), which train such a router with cross-entropy on the mixture.
+    A simplified form of the routers of MemSFT (arXiv 2607.25614) and Intern-S2 (arXiv 2608.13505).
     """
 
     def __init__(self, width, mean, deviation):
@@ -97,14 +97,16 @@ class Router(nn.Module):
         return torch.logaddexp(base + F.logsigmoid(-z), memory + F.logsigmoid(z)).numpy()
 
 
-def router_part(states, scores):
-    return (states, *(torch.from_numpy(np.asarray(scores[name], np.float32)) for name in ("opinions", "base", "memory")))
+def router_part(states, scores, evidence):
+    """What a Router is fitted to: states (P, H + C), opinions and evidence (P, 8), base (P,), memory (P,)."""
+    seen = np.concatenate([scores["opinions"], evidence], 1)
+    return (states, *(torch.from_numpy(np.asarray(x, np.float32)) for x in (seen, scores["base"], scores["memory"])))
 
 
 def fit_router(part, example, own, own_weight, seed=0):
-    """A Router fitted to a part (of router_part) and, with a weight, to texts of the base's own.
+    """A Router fitted to a part and, with a weight, to the base's own texts.
 
-    example (P,): a fifth of the examples is left out of the fit and chooses the epoch.
+    example (P,): a fifth of the examples takes no part in the fit. It chooses the epoch.
     """
     torch.manual_seed(seed)
     numbers = np.random.default_rng(seed).permutation(np.unique(example))

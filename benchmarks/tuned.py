@@ -40,7 +40,7 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=4):
             share = (time.monotonic() - began) / seconds
             if share >= 1:
                 model = model.merge_and_unload() if lora else model
-                model = BaseLM(model.to(base.head.weight.dtype).eval(), base.tokenizer, base.name)
+                model = BaseLM(model.eval(), base.tokenizer, base.name)
                 return model, sum(p.numel() for p in parameters), steps, epoch
             optimizer.param_groups[0]["lr"] = lr * min(1, steps / 10) * (1 + np.cos(np.pi * share)) / 2
             batch = [windows[b] for b in numbers]
@@ -57,7 +57,7 @@ def tune(base, windows, seconds, lr, lora, seed=0, batch_size=4):
 
 
 def score_pair(base, tuned, windows, batch_size=16):
-    """What evaluation.score_positions says of base and memory, with a tuned model in the memory's place."""
+    """The scores of evaluation.score_positions with a tuned model in the memory's place."""
     values, example, position, _ = entries_of(windows)
     parts, done = {"base": [], "memory": [], "opinions": []}, 0
     batches = (hidden_batches(model, windows, batch_size) for model in (base, tuned))
