@@ -1,4 +1,4 @@
-"""Files, headings, tests and flags that the documentation names exist."""
+"""Files, headings, scripts, tests and flags that the documentation names exist."""
 
 import re
 import shlex
@@ -29,6 +29,12 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
             target = (page.parent / name).resolve() if name else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_scripts_that_a_page_names_are_there(page):
+    for name in re.findall(r"(?:python |\b(?=benchmarks/))([\w./-]+\.py)\b", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_tests_that_the_method_names_exist():
