@@ -4,7 +4,7 @@
     python benchmarks/answers.py --twelve > twelve.md                           # twelve questions at alpha 0, auto and 1
 
 Asks the memory through the page's own code, with the page's own defaults and one seed, and writes Markdown. Every other way has
-the same temperature, top-k and ban on repeated runs. Nothing is chosen or mended.
+the same temperature, top-k and ban on repeated runs of tokens. Nothing is selected or edited.
 """
 
 import argparse
@@ -13,12 +13,13 @@ import re
 import sys
 from pathlib import Path
 
-import bm25s
 import torch
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from retrieval import BM25
 
 import app
 from base_model import BaseLM
@@ -42,10 +43,11 @@ ROWS = read(ROOT / "demo/legal_qa.jsonl")
 UNSEEN, GENERAL = (read(Path(__file__).parent / f"{name}_questions.jsonl") for name in ("unseen", "general"))
 SHOWN, READ = 3, 20  # of the unseen questions: those with every alpha, and those with every way
 STORED = 40  # stored questions that are asked
-RUN = 8  # words; an answer in which so many come twice in the same order repeats itself
-# Numbers, and words with a capital behind a word without one: what an answer must get right to be of use.
+RUN = 5  # words; an answer in which so many come twice in the same order repeats itself
+# Numbers, and words with a capital after a word without one: what an answer must get right to be of use.
 FACT = re.compile(r"\$?\d[\d,.]*\d|\d|(?<=[a-z,] )[A-Z][A-Za-z]+")
-BASE, BM25, LORA, MEMORY = "base alone", "base, BM25's best answer in the prompt", "LoRA, the same seconds", "automatic alpha"
+BASE, AGAIN, PROMPT, FOUND = "base alone", "base alone, another seed", "base, BM25's answer in the prompt", "BM25's answer as it is"
+LORA, MEMORY = "LoRA, the same seconds", "memory, automatic alpha"
 
 
 def stored_questions(rows):
@@ -62,24 +64,22 @@ def repeats(answer):
     return len(set(runs)) < len(runs)
 
 
-class Nearest:
-    """BM25 over the stored answers."""
+class Stored:
+    """The stored answers: found by a question, or as the nearest to an answer."""
 
     def __init__(self, rows):
         titles = {row["Answer"]: row["Title"] for row in ROWS}
-        self.answers = list(dict.fromkeys(row["Answer"] for row in rows))
+        self.rows, self.answers = rows, list(dict.fromkeys(row["Answer"] for row in rows))
         self.titles = [titles[answer] for answer in self.answers]
-        self.index = bm25s.BM25()
-        self.index.index(self.words(self.answers), show_progress=False)
+        self.by_row, self.by_answer = BM25([f"{row['Question']} {row['Answer']}" for row in rows]), BM25(self.answers)
 
-    @staticmethod
-    def words(texts):
-        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+    def found(self, question):
+        """The stored answer that BM25 finds for a question, among questions and answers together."""
+        return self.rows[self.by_row(question)]["Answer"]
 
-    def __call__(self, text):
-        """(title, answer) of the stored answer nearest to a text."""
-        found, _ = self.index.retrieve(self.words([text or "-"]), k=1, show_progress=False)
-        return self.titles[found[0, 0]], self.answers[found[0, 0]]
+    def topic(self, answer):
+        """The title of the stored answer that BM25 finds nearest to an answer."""
+        return self.titles[self.by_answer(answer)]
 
 
 class NoRepeat(NoRepeatNGramLogitsProcessor):
@@ -94,10 +94,10 @@ class NoRepeat(NoRepeatNGramLogitsProcessor):
 
 
 @torch.no_grad()
-def answers_of(base, prompts, temperature, no_repeat, most, batch_size=15):
+def answers_of(base, prompts, temperature, no_repeat, most, seed=SEED, batch_size=15):
     """A model's answers to prompts (lists of token ids), by transformers' generate."""
     answers = []
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i:i + batch_size]
         longest = max(map(len, batch))
@@ -114,19 +114,18 @@ def facts(text):
     return set(FACT.findall(text))
 
 
-def counts(answers, nearest):
-    """One row of the table about answers to UNSEEN.
+def counts(answers, asked, stored):
+    """One row of the table about answers to unseen questions.
 
-    Every stored answer names its area and topic first. For answers that name none, the stored answer counts that BM25 finds
-    nearest to them. Facts are numbers and names. An answer keeps those that stand in a stored answer of the right topic.
+    Every stored answer names its area and topic first. For any other answer, the stored answer that is nearest by BM25 gives its
+    topic. Facts are numbers and names. An answer keeps those that some stored answer of the right topic has.
     """
-    areas, found = [row["Title"].partition(":")[0] for row in UNSEEN], [nearest(answer)[0] for answer in answers]
-    right = [facts(" ".join(r["Answer"] for r in ROWS if r["Title"] == row["Title"])) for row in UNSEEN]
+    areas, found = [row["Title"].partition(":")[0] for row in asked], [stored.topic(answer) for answer in answers]
+    right = [facts(" ".join(r["Answer"] for r in ROWS if r["Title"] == row["Title"])) for row in asked]
     own = [facts(answer) for answer in answers]
     kept = sum(len(a & b) for a, b in zip(own, right, strict=True))
-    return (sum(a.strip().startswith(row["Title"] + ".") for a, row in zip(answers, UNSEEN, strict=True)),
-            sum(a.strip().startswith(area + ":") for a, area in zip(answers, areas, strict=True)),
-            sum(title == row["Title"] for title, row in zip(found, UNSEEN, strict=True)),
+    return (sum(a.strip().startswith(row["Title"] + ".") for a, row in zip(answers, asked, strict=True)),
+            sum(title == row["Title"] for title, row in zip(found, asked, strict=True)),
             sum(title.partition(":")[0] != area for title, area in zip(found, areas, strict=True)),
             f"{kept} of {sum(map(len, own))}", sum(map(repeats, answers)))
 
@@ -160,11 +159,14 @@ def ask(chat, question, settings, alpha, rule):
     return answer.text or NO_ANSWER
 
 
-def unseen_table(ways, nearest):
-    print(f"\n| {len(UNSEEN)} questions that no row asks | topic named | area named | nearest: topic | off topic "
-          "| facts kept | repeats |\n|---|---:|---:|---:|---:|---:|---:|")
-    for name, answers in ways.items():
-        print(f"| {name} | " + " | ".join(map(str, counts(answers, nearest))) + " |")
+def unseen_table(ways, stored):
+    print("\n| questions that no row asks | topic named | nearest is the topic | off topic | facts kept | repeats |\n"
+          "|---|---:|---:|---:|---:|---:|")
+    for part in ("choice", "test"):
+        picks = [number for number, row in enumerate(UNSEEN) if row["Set"] == part]
+        for name, answers in ways.items():
+            cells = counts([answers[number] for number in picks], [UNSEEN[number] for number in picks], stored)
+            print(f"| {len(picks)} {part}: {name} | " + " | ".join(map(str, cells)) + " |")
 
 
 def general_table(ways, rows, asked):
@@ -177,11 +179,13 @@ def general_table(ways, rows, asked):
         print(f"| {name} | {right} | {sum(answer.strip().startswith(titles) for answer in answers)} |")
 
 
-def stored_line(answers, rows):
-    begun = sum(a.split()[:24] == row["Answer"].split()[:24] for a, row in zip(answers, rows, strict=True))
-    whole = sum(a.split() == row["Answer"].split() for a, row in zip(answers, rows, strict=True))
-    print(f"\n{len(rows)} stored questions, {MEMORY}: {begun} answers begin with the 24 stored words, {whole} are the "
-          f"stored answer to its last word, {sum(map(repeats, answers))} repeat themselves.")
+def stored_table(ways, rows):
+    print(f"\n| {len(rows)} stored questions | begins with the 24 stored words | is the stored answer, whole | repeats |\n"
+          "|---|---:|---:|---:|")
+    for name, answers in ways.items():
+        pairs = [(answer.split(), row["Answer"].split()) for answer, row in zip(answers, rows, strict=True)]
+        begun, whole = sum(a[:24] == b[:24] for a, b in pairs), sum(a == b for a, b in pairs)
+        print(f"| {name} | {begun} | {whole} | {sum(map(repeats, answers))} |")
 
 
 def main():
@@ -204,32 +208,34 @@ def main():
 
 
 def compare(chat, tuned, how):
-    """Print the answers to read and the three counts, under every way; tuned: the LoRA model or None."""
-    rows = [example.row for example in chat.store.examples]
-    nearest, base = Nearest(rows), chat.model.base
+    """Print the answers to read and the three tables. tuned: the LoRA model or None."""
+    rows, base = [example.row for example in chat.store.examples], chat.model.base
+    stored = Stored(rows)
 
-    def model_says(model, questions, most=SETTINGS["max_new_tokens"]):
-        return answers_of(model, [base.encode(chat.template.prompt(question)) for question in questions], most=most, **how)
+    def model_says(model, questions, most, seed=SEED):
+        prompts = [base.encode(chat.template.prompt(question)) for question in questions]
+        return answers_of(model, prompts, most=most, seed=seed, **how)
 
-    def memory_says(questions, most=SETTINGS["max_new_tokens"]):
-        return [ask(chat, question, SETTINGS | how | {"max_new_tokens": most}, 0, AUTO) for question in questions]
-
-    def all_say(questions, *most):
-        told = [f"{nearest(question)[1]}\n\n{question}" for question in questions]
-        said = {BASE: model_says(base, questions, *most), BM25: model_says(base, told, *most)}
-        said |= {LORA: model_says(tuned, questions, *most)} if tuned else {}
-        return said | {MEMORY: memory_says(questions, *most)}
+    def all_say(questions, most=SETTINGS["max_new_tokens"]):
+        found = [stored.found(question) for question in questions]
+        told = [f"{text}\n\n{question}" for text, question in zip(found, questions, strict=True)]
+        said = {BASE: model_says(base, questions, most), AGAIN: model_says(base, questions, most, SEED + 1),
+                PROMPT: model_says(base, told, most), FOUND: found}
+        said |= {LORA: model_says(tuned, questions, most)} if tuned else {}
+        settings = SETTINGS | how | {"max_new_tokens": most}
+        return said | {MEMORY: [ask(chat, question, settings, 0, AUTO) for question in questions]}
 
     asked = [row["Question"] for row in UNSEEN]
     unseen = all_say(asked)
-    for number, question in enumerate(asked[:READ], 1):
-        print(f"**{number}. {question}**\n\n" + "".join(f"- {name}: {cell(said[number - 1])}\n" for name, said in unseen.items()))
-    unseen_table(unseen, nearest)
+    for number, question in enumerate(asked[-READ:], len(asked) - READ):
+        told = [f"- {name}: {cell(said[number])}\n" for name, said in unseen.items() if name != AGAIN]
+        print(f"**{question}**\n\n" + "".join(told))
+    unseen_table(unseen, stored)
     first = model_says(base, [row["Question"] for row in GENERAL], SHORT)
     known = [row for answer, row in zip(first, GENERAL, strict=True) if knows(answer, row)]
     general_table(all_say([row["Question"] for row in known], SHORT), known, len(GENERAL))
     rows = rows[::len(rows) // STORED][:STORED]
-    stored_line(memory_says([row["Question"] for row in rows]), rows)
+    stored_table(all_say([row["Question"] for row in rows]), rows)
 
 
 if __name__ == "__main__":

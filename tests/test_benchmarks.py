@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ import torch
 from conftest import ROOT, ROWS, make_decoder
 
 import evaluation
+from datastore import Datastore, build_index
 from texts import Template, encode_row, entries_of, windows_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import answers
 import compare
 import retrieval
+import rivals
 import rules
+import tuned
 
 TEMPLATE = Template.parse("{Title}\nAnswer: {Answer}")
 
@@ -53,7 +57,10 @@ def test_a_row_in_the_prompt_keeps_the_entries_and_is_the_one_with_the_windows_w
     for name in ("values", "example", "position"):
         assert np.array_equal(getattr(entries_of(longer), name), getattr(entries_of(windows), name))
     first = next(w for w in windows if w.example == 0 and w.position < 20)
-    assert finder.nearest(base.tokenizer.decode(first.ids, skip_special_tokens=True)) == encode_row(base, TEMPLATE, ROWS[3])
+    query = base.tokenizer.decode(first.ids, skip_special_tokens=True)
+    assert finder.rows[finder.nearest(query)] == encode_row(base, TEMPLATE, ROWS[3])
+    assert all(long.ids[-len(w.ids):] == w.ids and base.encode("\n")[1:] == long.ids[-len(w.ids) - 1:-len(w.ids)]
+               for long, w in zip(longer, windows, strict=True))
     scores = rules.base_scores(base, longer, 2)
     for window, start in zip(longer, entries_of(longer).offsets, strict=False):
         z = torch.log_softmax(base.logits(base.hidden(torch.tensor([window.ids])))[0, window.skip], -1)
@@ -76,7 +83,7 @@ def test_the_router_learns_where_the_memory_is_right():
     side = draw.integers(0, 2, 3000)
     states = torch.from_numpy(np.where(side, 1.0, -1.0)[:, None] + 0.1 * draw.normal(size=(3000, 4))).float()
     scores = {"base": np.where(side, -4.0, -0.5), "memory": np.where(side, -0.5, -4.0), "opinions": draw.normal(size=(3000, 5))}
-    part = rules.router_part(states, scores)
+    part = rules.router_part(states, scores, np.zeros((3000, 3)))
     router = rules.fit_router(part, np.repeat(np.arange(30), 100), part, 0.1)
     assert router.mixed(part).mean() > -0.6 > evaluation.mix_probabilities(scores["base"], scores["memory"]).mean(0).max()
 
@@ -96,8 +103,48 @@ def test_an_answer_knows_a_word_in_its_first_sixty_and_keeps_its_facts():
 
 
 def test_the_table_has_a_line_for_each_rival_with_the_range_of_several_seeds():
-    row = {"perplexity": 10.0, "bits_a_byte": 1.0, "elsewhere": 20.0, "seconds": 5, "bytes": 2e6, "note": "alpha 0.5"}
-    results = [{"memory": {"base": row, "automatic alpha": row | {"perplexity": share * 10}},
-                "pace": {"automatic alpha": {"milliseconds_a_token": 7.0}}} for share in (0.8, 0.9)]
-    line = compare.table(results).split("\n")[-1]
-    assert line == "| automatic alpha | 8.50 | 0.850 | 0.800 to 0.900 | 1.000 | 1.000 | 5 | 2.0 | 7 | alpha 0.5 |"
+    row = {"nats": [[46.0, 20]] * 4, "perplexity": 10.0, "bits_a_byte": 1.0, "elsewhere": 20.0, "seconds": 5, "bytes": 2e6,
+           "note": "alpha 0.5"}
+    auto = {"nats": [[40.0, 20]] * 4, "note": "", "bytes": 1e6}
+    results = [{"memory": {"base": row, "automatic alpha": row | auto | {"perplexity": share * 10}},
+                "pace": {"automatic alpha": {"milliseconds_a_token": 7.0, "prompt_milliseconds": 90.0}}} for share in (0.8, 0.9)]
+    base, automatic = compare.table(results).split("\n")[-2:]
+    assert automatic.startswith("| automatic alpha | 8.50 | 0.850 | 0.800 to 0.900 | 1.000 (1.000 to 1.000) | 1.000 | 1.000 | 5 |")
+    assert "| 1.350 (1.350 to 1.350) |" in base and base.endswith("| alpha 0.5 |")  # exp((46 - 40) / 20)
+
+
+def test_the_original_has_its_own_settings_whatever_the_others_have(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(rivals.script, "run", lambda options: asked.append(options) or (_ for _ in ()).throw(InterruptedError))
+    bench = SimpleNamespace(folder=tmp_path, given=["--context", "16", "--batch_size", "4", "--max_length", "512"])
+    with pytest.raises(InterruptedError):
+        rivals.original_rows(bench)
+    wanted = rivals.script.ORIGINAL | {"max_length": 128, "batch_size": 16}
+    assert {name: getattr(asked[0], name) for name in wanted} == wanted
+
+
+def test_a_model_beside_itself_scores_as_the_base_does(base, windows):
+    scores = tuned.score_pair(base, base, windows, 2)
+    assert np.array_equal(scores["base"], scores["memory"]) and scores["opinions"][:, 4] == pytest.approx(0, abs=1e-5)
+    assert scores["base"] == pytest.approx(rules.base_scores(base, windows, 3), abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "all weights"])
+def test_tuning_raises_the_likelihood_of_its_text_and_leaves_the_base_alone(base, windows, lora):
+    before = rules.base_scores(base, windows, 2).mean()
+    model, trained, steps, _ = tuned.tune(base, windows, 2.0, 1e-3, lora)
+    assert rules.base_scores(model, windows, 2).mean() > before + 0.05 and steps > 2
+    assert rules.base_scores(base, windows, 2).mean() == before
+    assert (trained < sum(p.numel() for p in base.model.parameters())) == lora
+
+
+def test_knn_scores_are_those_of_the_report_at_its_own_settings(base, windows):
+    keys, values = torch.randn(1100, base.width).half().numpy(), np.arange(1100, dtype=np.int32) % 512
+    store = Datastore(*build_index(keys, "Flat"), values, values, values, [])
+    table = retrieval.knn_table(base, store, windows, 2.0, 2)
+    hidden = base.hidden(torch.tensor([windows[0].ids]))[0, windows[0].skip:-1]
+    targets, shared = entries_of(windows).values[:len(hidden)], [f for f in evaluation.TEMPERATURES if f in retrieval.FACTORS]
+    told = evaluation.knn_log_probabilities(store, hidden, targets, retrieval.NEIGHBOURS[2], 2.0)
+    ours = [2 * len(retrieval.FACTORS) + retrieval.FACTORS.index(factor) for factor in shared]
+    assert len(shared) > 3 and np.isfinite(told).any()
+    assert np.exp(table[:len(hidden), ours]) == pytest.approx(np.exp(told[:, np.isin(evaluation.TEMPERATURES, shared)]), abs=1e-4)
