@@ -57,7 +57,7 @@ def make_tiny_gemma(folder, seed=0, tokenizer_rows=ROWS[:60]):
     tokenizer = make_tokenizer([" ".join(row.values()) for row in tokenizer_rows])
     torch.manual_seed(seed)
     config = GemmaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=16, max_position_embeddings=1100, initializer_range=0.3)
+                         num_key_value_heads=1, head_dim=16, max_position_embeddings=512, initializer_range=0.3)
     GemmaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

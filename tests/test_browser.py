@@ -20,7 +20,7 @@ QUESTION = "Can my boss refuse to pay me overtime?"
 ODD = "Write to <address> about <title>, <b>now</b> and <landlord> 1 < 2, **x** or $y$ &lt;"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 WAIT = 60_000
-LONG = 1000  # tokens that take seconds even here
+LONG = 450  # tokens that take seconds even here
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,6 @@ def test_an_edited_question_can_be_stopped_and_replaces_the_first(visit):
     page.locator("#chat .user textarea").fill("May I record a call?")
     page.locator("#chat button[aria-label*=ubmit], #chat button[title*=ubmit]").first.click()
     page.wait_for_function("!document.querySelector('#stop').disabled")
-    page.wait_for_function("document.querySelectorAll('#tokens .token').length > 3")
     page.locator("#stop").click()
     settled(page)
     chat = page.locator("#chat").inner_text()

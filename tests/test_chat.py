@@ -312,7 +312,7 @@ def test_the_explorer_measures_what_teacher_forcing_gives(chat):
 
 @pytest.mark.parametrize(("question", "text", "words"), [
     ("", "So.", "Type a question and an answer"), ("Why?", " ", "Type a question and an answer"),
-    ("Why?", "so " * 1200, "at most 1100")])
+    ("Why?", "so " * 600, "at most 512")])
 def test_the_explorer_refuses_what_it_cannot_measure(chat, question, text, words):
     with pytest.raises(UserError, match=words):
         chat.explore(question, text)

@@ -63,7 +63,7 @@ BAD = [
     (("--max_length", 3), "--max_length must be at least 8"),
     (("--max_examples", 0), "--max_examples must be at least 1"),
     (("--max_examples", 1), "too small"),
-    (("--max_length", 1101), "1100 positions"),
+    (("--max_length", 513), "512 positions"),
     (("--seed", -1), "--seed"),
     (("--index", "Nonsense7"), "Nonsense7"),
     (("--index", "IVF100000,Flat"), "IVF100000,Flat"),

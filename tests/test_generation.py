@@ -270,8 +270,8 @@ def test_the_templates_own_words_behind_an_answer_are_not_shown(base, pattern, m
 
 
 def test_a_prompt_that_does_not_fit_is_refused_in_words(model):
-    with pytest.raises(UserError, match="reads at most 1100"):
-        next(model.stream("word " * 1200))
+    with pytest.raises(UserError, match="reads at most 512"):
+        next(model.stream("word " * 600))
 
 
 def test_a_decoder_of_another_model_is_refused_in_words(base):

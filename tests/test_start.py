@@ -131,7 +131,7 @@ def test_an_empty_question_is_refused_and_opens_no_page(trained, the_line, quest
 
 
 def test_a_question_that_is_too_long_is_refused(trained, the_line):
-    assert "shorten the question" in the_line("--model_dir", trained, "--device", "cpu", "--ask", "why " * 1200)
+    assert "shorten the question" in the_line("--model_dir", trained, "--device", "cpu", "--ask", "why " * 600)
 
 
 @pytest.mark.parametrize("name", ["none", "my folder"])
