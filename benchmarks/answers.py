@@ -188,9 +188,55 @@ def stored_table(ways, rows):
         print(f"| {name} | {begun} | {whole} | {sum(map(repeats, answers))} |")
 
 
+class Ways:
+    """Every way to answer, with one setting. tuned: the LoRA model or None."""
+
+    def __init__(self, chat, stored, tuned, how):
+        self.chat, self.stored, self.tuned, self.how, self.base = chat, stored, tuned, how, chat.model.base
+
+    def model(self, model, questions, most, seed=SEED):
+        prompts = [self.base.encode(self.chat.template.prompt(question)) for question in questions]
+        return answers_of(model, prompts, most=most, seed=seed, **self.how)
+
+    def answers(self, questions, wanted, most=SETTINGS["max_new_tokens"]):
+        """{way: answers} of the wanted ways."""
+        found = [self.stored.found(question) for question in questions]
+        told = [f"{text}\n\n{question}" for text, question in zip(found, questions, strict=True)]
+        settings = SETTINGS | self.how | {"max_new_tokens": most}
+        say = {BASE: lambda: self.model(self.base, questions, most),
+               AGAIN: lambda: self.model(self.base, questions, most, SEED + 1),
+               PROMPT: lambda: self.model(self.base, told, most), FOUND: lambda: found,
+               LORA: lambda: self.model(self.tuned, questions, most),
+               MEMORY: lambda: [ask(self.chat, question, settings, 0, AUTO) for question in questions]}
+        return {way: say[way]() for way in wanted if way != LORA or self.tuned}
+
+
+def tell_unseen(ways):
+    asked = [row["Question"] for row in UNSEEN]
+    said = ways.answers(asked, (BASE, PROMPT, FOUND, LORA, MEMORY))
+    for number, question in enumerate(asked[-READ:], len(asked) - READ):
+        print(f"**{question}**\n\n" + "".join(f"- {way}: {cell(answers[number])}\n" for way, answers in said.items()))
+    unseen_table(said, ways.stored)
+
+
+def tell_general(ways):
+    first = ways.model(ways.base, [row["Question"] for row in GENERAL], SHORT)
+    known = [row for answer, row in zip(first, GENERAL, strict=True) if knows(answer, row)]
+    general_table(ways.answers([row["Question"] for row in known], (AGAIN, PROMPT, LORA, MEMORY), SHORT), known, len(GENERAL))
+
+
+def tell_stored(ways):
+    rows = ways.stored.rows[::len(ways.stored.rows) // STORED][:STORED]
+    stored_table(ways.answers([row["Question"] for row in rows], (FOUND, LORA, MEMORY)), rows)
+
+
+TABLES = {"unseen": tell_unseen, "general": tell_general, "stored": tell_stored}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are those of app.py.")
     parser.add_argument("--lora", help="folder of the tuned model; without it that row is left out")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--twelve", action="store_true", help="answer twelve questions at three alphas, and count nothing")
     given, more = parser.parse_known_args()
     options = app.parse_options(["--demo", *more])
@@ -204,38 +250,10 @@ def main():
     if given.twelve:
         show(chat, SETTINGS | how, (MEMORY, 0, AUTO))
     else:
-        compare(chat, BaseLM.load(given.lora, manifest["dtype"]) if given.lora else None, how)
-
-
-def compare(chat, tuned, how):
-    """Print the answers to read and the three tables. tuned: the LoRA model or None."""
-    rows, base = [example.row for example in chat.store.examples], chat.model.base
-    stored = Stored(rows)
-
-    def model_says(model, questions, most, seed=SEED):
-        prompts = [base.encode(chat.template.prompt(question)) for question in questions]
-        return answers_of(model, prompts, most=most, seed=seed, **how)
-
-    def all_say(questions, most=SETTINGS["max_new_tokens"]):
-        found = [stored.found(question) for question in questions]
-        told = [f"{text}\n\n{question}" for text, question in zip(found, questions, strict=True)]
-        said = {BASE: model_says(base, questions, most), AGAIN: model_says(base, questions, most, SEED + 1),
-                PROMPT: model_says(base, told, most), FOUND: found}
-        said |= {LORA: model_says(tuned, questions, most)} if tuned else {}
-        settings = SETTINGS | how | {"max_new_tokens": most}
-        return said | {MEMORY: [ask(chat, question, settings, 0, AUTO) for question in questions]}
-
-    asked = [row["Question"] for row in UNSEEN]
-    unseen = all_say(asked)
-    for number, question in enumerate(asked[-READ:], len(asked) - READ):
-        told = [f"- {name}: {cell(said[number])}\n" for name, said in unseen.items() if name != AGAIN]
-        print(f"**{question}**\n\n" + "".join(told))
-    unseen_table(unseen, stored)
-    first = model_says(base, [row["Question"] for row in GENERAL], SHORT)
-    known = [row for answer, row in zip(first, GENERAL, strict=True) if knows(answer, row)]
-    general_table(all_say([row["Question"] for row in known], SHORT), known, len(GENERAL))
-    rows = rows[::len(rows) // STORED][:STORED]
-    stored_table(all_say([row["Question"] for row in rows]), rows)
+        stored = Stored([example.row for example in chat.store.examples])
+        ways = Ways(chat, stored, BaseLM.load(given.lora, manifest["dtype"]) if given.lora else None, how)
+        for name in given.tables:
+            TABLES[name](ways)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 For each seed: trains a memory with script 1, then measures every rival. LoRA and full tuning get as many seconds as the memory
 took. The figures stay in <work>/seed_N.json, and the same command goes on from there. Even held-out rows choose every setting, odd
-ones report. Each seed draws its own training rows. Prints the table. `python benchmarks/plots.py` draws it.
+ones report. Each seed draws its own training rows. Prints two tables. `python benchmarks/plots.py` draws them.
 """
 
 import argparse
@@ -160,23 +160,26 @@ def against(found, auto):
     return f"{np.exp(nats.sum() / counts.sum()):.3f} ({low:.3f} to {high:.3f})"
 
 
-def table(results):
-    """The Markdown table: means over seeds, and the range of the shares of the base's perplexity."""
-    columns = {"perplexity": ".2f", "share": ".3f", "range": "", "against": "", "bits_a_byte": ".3f", "cost": ".3f",
-               "seconds": ".0f", "megabytes": ".1f", "milliseconds_a_token": ".0f", "prompt_milliseconds": ".0f"}
-    lines = ["| | perplexity | of the base's | range | over automatic alpha's (95%) | bits a byte | elsewhere, of the base's "
-             "| seconds | MB | ms a token | ms a prompt | chosen |", f"|---|{'---:|' * len(columns)}---|"]
-    rows = rows_of(results)
+def tables(results):
+    """Two Markdown tables, of what each way predicts and of what it costs: means over seeds."""
+    rows, quality, price = rows_of(results), [], []
     for name, found in rows.items():
-        cells = {key: format(np.mean([row[key] for row in found if key in row]), form) for key, form in columns.items()
-                 if any(key in row for row in found)}
+        def mean(key, form, found=found):
+            values = [row[key] for row in found if key in row]
+            return format(np.mean(values), form) if values else ""
         scored = [row for row in found if "share" in row]
         shares = [row["share"] for row in scored]
-        cells["range"] = f"{min(shares):.3f} to {max(shares):.3f}" if len(shares) > 1 else ""
-        cells["against"] = against(scored, [row for row in rows["automatic alpha"] if "share" in row]) if scored else ""
-        notes = dict.fromkeys(row["note"] for row in found if row.get("note"))
-        lines.append(f"| {name} | {' | '.join(cells.get(key, '') for key in columns)} | {', or '.join(notes)} |")
-    return "\n".join(lines)
+        spread = f"{min(shares):.3f} to {max(shares):.3f}" if len(shares) > 1 else ""
+        ratio = against(scored, [row for row in rows["automatic alpha"] if "share" in row])
+        notes = ", or ".join(dict.fromkeys(row["note"] for row in found if row.get("note")))
+        quality.append(f"| {name} | {mean('perplexity', '.2f')} | {mean('share', '.3f')} | {spread} | {ratio} "
+                       f"| {mean('bits_a_byte', '.3f')} | {mean('cost', '.3f')} |")
+        price.append(f"| {name} | {mean('seconds', '.0f')} | {mean('megabytes', '.1f')} | {mean('milliseconds_a_token', '.0f')} "
+                     f"| {mean('prompt_milliseconds', '.0f')} | {notes} |")
+    return "\n".join([
+        "| | perplexity | of the base's | range | over automatic alpha's (95%) | bits a byte | elsewhere, of the base's |",
+        "|---|---:|---:|---:|---:|---:|---:|", *quality, "",
+        "| | seconds to make | MB to keep | ms a token | ms to read the prompt | chosen |", "|---|---:|---:|---:|---:|---|", *price])
 
 
 def main():
@@ -199,7 +202,7 @@ def main():
         if "--demo" not in more:
             words += ["--base_model", given.base_model, *(w for name, value in SETTINGS.items() for w in (f"--{name}", str(value)))]
         results.append(measure([*words, *more], given.work, seed, given.elsewhere, given.rivals))
-    print("\n" + table(results))
+    print("\n" + tables(results))
 
 
 if __name__ == "__main__":
