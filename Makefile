@@ -11,7 +11,7 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 bench: .venv/demo
 	$(BIN)/python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape

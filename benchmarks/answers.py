@@ -19,13 +19,12 @@ from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from retrieval import BM25
-
 import app
 from base_model import BaseLM
 from chat import Chat
 from generation import AUTO, RULES
 from memory_decoder import read_manifest
+from retrieval import BM25
 from web.panels import NO_ANSWER
 
 SEED = 0

@@ -21,8 +21,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rivals import RIVALS
-
 import evaluation
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, BaseLM
@@ -30,6 +28,7 @@ from corpus import Corpus
 from datastore import Datastore, write_atomically
 from generation import Gate, token_bytes
 from memory_decoder import MemoryDecoder, read_manifest
+from rivals import RIVALS
 from texts import encode_row, entries_of, make_windows, windows_of_sources
 
 SETTINGS = {"max_examples": 250, "max_length": 512, "batch_size": 4, "context": 16}
@@ -179,7 +178,8 @@ def tables(results):
     return "\n".join([
         "| | perplexity | of the base's | range | over automatic alpha's (95%) | bits a byte | elsewhere, of the base's |",
         "|---|---:|---:|---:|---:|---:|---:|", *quality, "",
-        "| | seconds to make | MB to keep | ms a token | ms to read the prompt | chosen |", "|---|---:|---:|---:|---:|---|", *price])
+        "| | seconds to make | MB to keep | ms a token | ms to read the prompt | chosen |",
+        "|---|---:|---:|---:|---:|---|", *price])
 
 
 def main():

@@ -7,13 +7,13 @@ import shutil
 import time
 
 import numpy as np
-import retrieval
-import rules
 import torch
-import tuned
 
 import evaluation
+import retrieval
+import rules
 import train_memory_decoder as script
+import tuned
 from datastore import Datastore, build_index, open_keys
 from generation import KNN, Evidence, MemoryAugmentedLM, Settings, blend, opinions
 from memory_decoder import MemoryDecoder

@@ -28,20 +28,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluation
 from base_model import BaseLM
-from datastore import hidden_batches
 from generation import Gate
-from memory_decoder import LOGITS_AT_ONCE, MemoryDecoder, read_manifest
+from memory_decoder import MemoryDecoder, read_manifest
+from rules import base_scores
 from sources.tables import read_table, read_text
 from support.command import UserError, fail, one_line
-from texts import Window, entries_of
+from texts import Window
 
 HUB = "Salesforce/wikitext:wikitext-103-raw-v1"
 BASE, MEMORY, KNN, TUNED = "base alone", "memory, alpha {:g}", "kNN-LM", "full tuning (DAPT)"
@@ -95,17 +93,6 @@ def sliding_windows(base, rows, parts, context, scored):
     if not windows:
         raise UserError("The text holds no two tokens to score; check --test and --validation.")
     return windows
-
-
-@torch.no_grad()
-def base_scores(base, windows, batch_size):
-    """Log probability (P,) of every scored token under the base alone."""
-    y, found, done = torch.from_numpy(entries_of(windows).values).long().to(base.device), [], 0
-    for _, hidden in hidden_batches(base, windows, batch_size):
-        for block in hidden.split(LOGITS_AT_ONCE // 8 // base.vocabulary + 1):
-            found.append(-F.cross_entropy(base.logits(block), y[done:done + len(block)], reduction="none").cpu())
-            done += len(block)
-    return torch.cat(found).numpy()
 
 
 def memory_scores(base, decoder, windows, batch_size):
