@@ -25,7 +25,7 @@ from texts import Window, entries_of
 ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
 SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate's fit, and the most tokens of one
-SAMPLES_WEIGHT = 0.1  # weight of these texts in the fit; held-out rows have weight 1
+SAMPLES_WEIGHT = 1.0  # weight of these texts in the fit; held-out rows have weight 1
 TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # multiples of the temperature used in training
 
 

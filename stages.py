@@ -19,7 +19,7 @@ import torch
 from base_model import file_checksum
 from corpus import HELD_OUT
 from datastore import FLAT_LIMIT, FOUND_AT_ONCE, PROBED, SEARCH_CHUNK, choose_index, write_atomically
-from evaluation import SAMPLE_LENGTH, SAMPLES
+from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from support.command import UserError
 from support.machine import fast_bfloat16, free_memory
@@ -77,7 +77,7 @@ class Stages:
         self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
             "kl_weight", "knn_temperature", "seed")], self.neighbours)
-        self.report = Stage(root, "report", [digest(corpus.held), "scale"], self.decoder)
+        self.report = Stage(root, "report", [digest(corpus.held), "scale", SAMPLES_WEIGHT], self.decoder)
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
