@@ -22,6 +22,7 @@ from web import page
 FOLDER = ROOT / "demo/pictures"
 QUESTION = "Who do I serve when I am suing an LLC?"
 WAIT = 180_000
+VOICES_HEIGHT = 430  # of the first picture, in which the answers may run on below
 
 
 def fill(view, name, value):
@@ -53,7 +54,10 @@ def take(browser, address):
     view.keyboard.press("Enter")
     view.wait_for_selector("#compare .voice")
     view.wait_for_function("document.querySelector('#voices_stop').disabled")
-    view.screenshot(path=FOLDER / "three_voices.png")
+    box = view.locator("#compare").bounding_box()
+    view.set_viewport_size({"width": 1280, "height": int(box["y"]) + VOICES_HEIGHT})
+    view.wait_for_timeout(1000)
+    view.screenshot(path=FOLDER / "three_voices.png", clip={**view.locator("#compare").bounding_box(), "height": VOICES_HEIGHT})
 
     view.get_by_role("tab", name="Chat").click()
     ask(view, QUESTION)
