@@ -133,16 +133,16 @@ class Page:
             self.preset = gr.Radio(list(PRESETS), label="preset", elem_id="preset", value=None)
             start = chat.chosen_alpha(options.rule) if options.alpha is None else options.alpha
             rule = gr.Radio(list(EVERY_RULE), value=options.rule, label="blend rule", elem_id="rule",
-                            info="auto: alpha is chosen anew for every token. kNN-LM: the search itself, in the memory's place")
-            alpha = slider("alpha", start, 0.01, "alpha", "0: base alone, 1: memory alone. Chosen in training: "
-                           f"{chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities")
+                            info="auto: a gate chooses alpha for every token. kNN-LM: the search itself, in the memory's place")
+            alpha = slider("alpha", start, 0.01, "alpha", "0: base alone, 1: memory alone; no effect under auto. Chosen in "
+                           f"training: {chosen['alpha_logits']:g} for logits, {chosen['alpha_probabilities']:g} for probabilities")
             temperature = slider("temperature", options.temperature, 0.01, "temperature", "0: always the most probable token")
-            top_k = slider("top_k", 50, 1, "top-k", "sample among so many tokens")
+            top_k = slider("top_k", 50, 1, "top-k", "sample among this many of the best tokens")
             length = slider("max_new_tokens", 256, 1, "max new tokens", "longest answer")
             # Text, since an empty gr.Number arrives as 0.
             seed = gr.Textbox("" if options.seed is None else str(options.seed), label="seed", elem_id="seed",
                               placeholder="empty: a new draw every time", info="the same number and settings give the same answer")
-            no_repeat = slider("no_repeat", options.no_repeat, 1, "no repeated run", "of so many tokens in an answer; 0: any")
+            no_repeat = slider("no_repeat", options.no_repeat, 1, "no repeated run", "of this many tokens; 0: any may repeat")
             k = slider("k", 8, 1, "K", "stored entries shown for a token")
             with gr.Group(visible=options.rule == KNN) as self.search_controls:
                 knn_k = slider("knn_k", search["knn_k"], 1, "kNN-LM: K", "neighbours that vote")
