@@ -1,7 +1,8 @@
 """Answers of the demo's memory beside those of the base alone, of BM25 and of LoRA, and counts over 235 questions.
 
-    python benchmarks/answers.py --lora build/compare/demo/lora > answers.md    # after benchmarks/compare.py --demo
-    python benchmarks/answers.py --twelve > twelve.md                           # twelve questions at alpha 0, auto and 1
+    python benchmarks/answers.py --model_dir build/compare/demo/seed_0 --lora build/compare/demo/lora_0 > answers.md
+
+That memory and that LoRA come from benchmarks/compare.py --demo. Without these options it asks the memory of make demo.
 
 Asks the memory through the page's own code, with the page's own defaults and one seed, and writes Markdown. Every other way has
 the same temperature, top-k and ban on repeated runs of tokens. Nothing is selected or edited.
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import app
 from base_model import BaseLM
 from chat import Chat
-from generation import AUTO, RULES
+from generation import AUTO
 from memory_decoder import read_manifest
 from retrieval import BM25
 from web.panels import NO_ANSWER
@@ -30,8 +31,6 @@ from web.panels import NO_ANSWER
 SEED = 0
 SETTINGS = {"top_k": 50, "max_new_tokens": 256, "k": 8, "seed": SEED}
 SHORT = 48  # new tokens of an answer to a general question
-AREAS = ("Landlord and tenant", "Employment", "Consumer and refunds", "Small claims and civil procedure", "Family",
-         "Wills and probate", "Police encounters", "Debt and bankruptcy", "Intellectual property")
 
 
 def read(path):
@@ -40,20 +39,13 @@ def read(path):
 
 ROWS = read(ROOT / "demo/legal_qa.jsonl")
 UNSEEN, GENERAL = (read(Path(__file__).parent / f"{name}_questions.jsonl") for name in ("unseen", "general"))
-SHOWN, READ = 3, 20  # of the unseen questions: those with every alpha, and those with every way
+READ = 20  # of the unseen questions whose answers are printed
 STORED = 40  # stored questions that are asked
 RUN = 5  # words; an answer in which so many come twice in the same order repeats itself
 # Numbers, and words with a capital after a word without one: what an answer must get right to be of use.
 FACT = re.compile(r"\$?\d[\d,.]*\d|\d|(?<=[a-z,] )[A-Z][A-Za-z]+")
 BASE, AGAIN, PROMPT, FOUND = "base alone", "base alone, another seed", "base, BM25's answer in the prompt", "BM25's answer as it is"
 LORA, MEMORY = "LoRA, the same seconds", "memory, automatic alpha"
-
-
-def stored_questions(rows):
-    """The shortest stored question in each of the areas, as (area, question)."""
-    stored = {row["Question"] for row in rows}
-    for area in AREAS:
-        yield area, min((row["Question"] for row in ROWS if row["Title"].startswith(area) and row["Question"] in stored), key=len)
 
 
 def repeats(answer):
@@ -137,17 +129,6 @@ def knows(answer, row):
 
 def cell(answer):
     return " ".join(answer.split()).replace("|", "\\|")
-
-
-def show(chat, settings, middle):
-    """Print twelve questions with their three answers."""
-    columns, rows = [("alpha 0", 0, RULES[1]), middle, ("alpha 1", 1, RULES[1])], [e.row for e in chat.store.examples]
-    asked = [*stored_questions(rows), *(("not in the file", row["Question"]) for row in UNSEEN[:SHOWN])]
-    for number, (origin, question) in enumerate(asked, 1):
-        print(f"**{number}. {question}** ({origin})\n")
-        for name, alpha, rule in columns:
-            print(f"- {name}: {cell(ask(chat, question, settings, alpha, rule))}", flush=True)
-        print()
 
 
 def ask(chat, question, settings, alpha, rule):
@@ -236,7 +217,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are those of app.py.")
     parser.add_argument("--lora", help="folder of the tuned model; without it that row is left out")
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
-    parser.add_argument("--twelve", action="store_true", help="answer twelve questions at three alphas, and count nothing")
     given, more = parser.parse_known_args()
     options = app.parse_options(["--demo", *more])
     manifest = read_manifest(options.model_dir)
@@ -246,13 +226,10 @@ def main():
     how = {"temperature": options.temperature, "no_repeat": options.no_repeat}
     print(f"Temperature {options.temperature:g}, top-k {SETTINGS['top_k']}, seed {SEED}, "
           f"no run of {options.no_repeat} tokens twice.\n", flush=True)
-    if given.twelve:
-        show(chat, SETTINGS | how, (MEMORY, 0, AUTO))
-    else:
-        stored = Stored([example.row for example in chat.store.examples])
-        ways = Ways(chat, stored, BaseLM.load(given.lora, manifest["dtype"]) if given.lora else None, how)
-        for name in given.tables:
-            TABLES[name](ways)
+    stored = Stored([example.row for example in chat.store.examples])
+    ways = Ways(chat, stored, BaseLM.load(given.lora, manifest["dtype"]) if given.lora else None, how)
+    for name in given.tables:
+        TABLES[name](ways)
 
 
 if __name__ == "__main__":

@@ -171,15 +171,21 @@ def tables(results):
         spread = f"{min(shares):.3f} to {max(shares):.3f}" if len(shares) > 1 else ""
         ratio = against(scored, [row for row in rows["automatic alpha"] if "share" in row])
         notes = ", or ".join(dict.fromkeys(row["note"] for row in found if row.get("note")))
-        quality.append(f"| {name} | {mean('perplexity', '.2f')} | {mean('share', '.3f')} | {spread} | {ratio} "
-                       f"| {mean('bits_a_byte', '.3f')} | {mean('cost', '.3f')} |")
-        price.append(f"| {name} | {mean('seconds', '.0f')} | {mean('megabytes', '.1f')} | {mean('milliseconds_a_token', '.0f')} "
-                     f"| {mean('prompt_milliseconds', '.0f')} | {notes} |")
-    return "\n".join([
-        "| | perplexity | of the base's | range | over automatic alpha's (95%) | bits a byte | elsewhere, of the base's |",
-        "|---|---:|---:|---:|---:|---:|---:|", *quality, "",
-        "| | seconds to make | MB to keep | ms a token | ms to read the prompt | chosen |",
-        "|---|---:|---:|---:|---:|---|", *price])
+        quality.append([name, mean("perplexity", ".2f"), mean("share", ".3f"), spread, ratio, mean("bits_a_byte", ".3f"),
+                        mean("cost", ".3f")])
+        price.append([name, mean("seconds", ".0f"), mean("megabytes", ".1f"), mean("milliseconds_a_token", ".0f"),
+                      mean("prompt_milliseconds", ".0f"), notes])
+    return "\n\n".join([
+        markdown(["", "perplexity", "of the base's", "range", "over automatic alpha's (95%)", "bits a byte",
+                  "elsewhere, of the base's"], quality),
+        markdown(["", "seconds to make", "MB to keep", "ms a token", "ms to read the prompt", "chosen"], price)])
+
+
+def markdown(names, rows):
+    """A Markdown table of the columns that are not empty."""
+    keep = [i for i in range(len(names)) if i == 0 or any(row[i] for row in rows)]
+    lines = [[names[i] for i in keep], ["---"] + ["---:"] * (len(keep) - 1), *([row[i] for i in keep] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():

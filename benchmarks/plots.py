@@ -33,7 +33,8 @@ def panels(folders, wide, high):
     pairs = [(panel, read(folder)) for panel, folder in zip(axes, folders, strict=True)]
     for panel, results in pairs:
         setting = results[0]["setting"]
-        panel.set_title(f"{setting['rows']} rows, {setting['entries']:,} entries, {len(results)} seed{'s' * (len(results) > 1)}")
+        title = f"{setting['rows']} rows, {setting['entries']:,} entries, {len(results)} seed{'s' * (len(results) > 1)}"
+        panel.set_title(title, fontsize=10, loc="right")
     return figure, pairs
 
 
@@ -45,9 +46,9 @@ def draw_dots(panel, results, key, label):
         panel.plot(rows[name], [height] * len(rows[name]), "o", color=OURS if name in OWN else OTHERS)
     panel.set_yticks(range(len(names)), names)
     panel.set_xlabel(label)
-    if key == "megabytes":
+    if key != "share":  # these go over powers of ten
         panel.set_xscale("log")
-    else:
+    if key != "megabytes":
         panel.axvline(1, color="gray", linestyle="--")
 
 
@@ -66,9 +67,9 @@ def main():
     folders = sys.argv[1:]
     if not folders or not all(read(folder) for folder in folders):
         sys.exit("Name folders in which benchmarks/compare.py has left seed_N.json.")
-    drawings = {"shares": (partial(draw_dots, key="share", label="held-out perplexity, of the base's"), 6, 4.2),
-                "elsewhere": (partial(draw_dots, key="cost", label="perplexity of other text, of the base's"), 6, 4.2),
-                "sizes": (partial(draw_dots, key="megabytes", label="megabytes to keep"), 6, 4.2), "alphas": (draw_alphas, 5, 3.6)}
+    drawings = {"shares": (partial(draw_dots, key="share", label="held-out perplexity, of the base's"), 7, 4.2),
+                "elsewhere": (partial(draw_dots, key="cost", label="perplexity of other text, of the base's"), 7, 4.2),
+                "sizes": (partial(draw_dots, key="megabytes", label="megabytes to keep"), 7, 4.2), "alphas": (draw_alphas, 5, 3.6)}
     (HERE / "pictures").mkdir(exist_ok=True)
     for name, (draw, wide, high) in drawings.items():
         figure, pairs = panels(folders, wide, high)
