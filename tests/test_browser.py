@@ -151,8 +151,9 @@ def test_the_first_token_opens_with_the_entries_nearest_to_the_prompt(visit, cha
 def test_another_candidate_goes_on_from_its_place_and_keeps_what_stands_before(visit):
     page = visit()
     ask(page)
-    before = page.locator("#tokens .token").all_inner_texts()
+    before, shown = page.locator("#tokens .token").all_inner_texts(), page.locator("#candidates h2").inner_text()
     page.locator("#tokens .token").nth(6).click()
+    expect(page.locator("#candidates h2")).not_to_have_text(shown)
     place = page.locator("#candidates h2").inner_text()
     other = page.locator("#candidates tr:not(.chosen) button").first
     name = other.inner_text()
