@@ -56,6 +56,8 @@ def local_attention(q, k, v, context):
     (arXiv 2004.05150), section 3.1.
     """
     B, heads, T, D = q.shape
+    if T == 1 and k.shape[2] <= context:  # decoding token by token: every key is within reach
+        return attend(q, k, v)
     before, size = k.shape[2] - T, block_size(context)
     reach = -(-(context - 1) // size)  # earlier blocks that a block attends to
     count, absent = -(-T // size), 0  # absent: padded positions in front of the first key
@@ -79,28 +81,40 @@ def block_size(context):
     return max(context // 4, LEAST_BLOCK)
 
 
-def attend(q, k, v, seen):
-    """Attention of queries (..., T, D) over keys and values (..., S, D) where seen (..., T, S) is true."""
+def attend(q, k, v, seen=None):
+    """Attention of queries (..., T, D) over keys and values (..., S, D), where seen (..., T, S) is true if it is given."""
     if q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= SCORES_AT_ONCE:
         # For heads as narrow as these, PyTorch's fused attention takes twice as long on a CPU.
-        bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
-        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias, dim=-1) @ v
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        if seen is not None:
+            scores = scores + torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+        return torch.softmax(scores, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 class DecoderCache:
-    """Each block's last context-1 keys and values, kept for decoding one position after another."""
+    """Every block's keys and values, kept for decoding one position after another. The last positions can be taken back."""
 
     def __init__(self):
-        self.stored = {}
+        self.stored, self.lengths = {}, {}  # block -> keys and values (2, B, heads, room, C/heads), and how much of room is used
 
     def append(self, block, k, v):
         """Keys and values (B, heads, S, C/heads) that the new positions may attend to, their own last."""
-        if block in self.stored:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.stored[block], (k, v), strict=True))
-        keep = block.context - 1
-        self.stored[block] = tuple(x[:, :, max(0, x.shape[2] - keep):] for x in (k, v))
-        return k, v
+        old = self.lengths.get(block, 0)
+        here = self.lengths[block] = old + k.shape[2]
+        if block not in self.stored or here > self.stored[block].shape[3]:  # room for twice as many
+            grown = k.new_empty((2, *k.shape[:2], 2 * here, k.shape[3]))
+            if old:
+                grown[:, :, :, :old] = self.stored[block][:, :, :, :old]
+            self.stored[block] = grown
+        kept = self.stored[block]
+        kept[0, :, :, old:here], kept[1, :, :, old:here] = k, v
+        first = max(0, old - block.context + 1)
+        return kept[0, :, :, first:here], kept[1, :, :, first:here]
+
+    def cut(self, length):
+        """Take back all positions from `length` on."""
+        self.lengths = {block: min(length, old) for block, old in self.lengths.items()}
 
 
 class MemoryDecoder(nn.Module):
