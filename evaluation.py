@@ -93,8 +93,8 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     With a store also knn (P, S), with sweep also blend_logits (P, A), both float32. The processes of an Accelerator share the
     windows, and each gets all scores.
     """
-    windows = own_windows(windows, batch_size, accelerator)
-    values, example, position, offsets = entries_of(windows)
+    own = own_windows(windows, batch_size, accelerator)
+    values, example, position, offsets = entries_of(own)
     decoder = decoder.to(base.device).eval()
     rows, shapes = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), {"base": (), "memory": (), "opinions": (5,)}
     shapes |= {"knn": TEMPERATURES.shape} if store else {}
@@ -103,7 +103,7 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
     with tqdm(total=len(values), desc="held-out", unit="position",
               disable=accelerator is not None and not accelerator.is_main_process) as bar:
-        for first, hidden in hidden_batches(base, windows, batch_size):
+        for first, hidden in hidden_batches(base, own, batch_size):
             features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
             here = slice(offsets[first], offsets[first] + len(hidden))
             if store:
@@ -120,14 +120,14 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                     scores[name][here][block] = tensor.cpu().numpy()
             bar.update(len(hidden))
     scores |= {"example": example, "position": position}
-    return in_order(gather_object([scores])) if accelerator else scores
+    return in_order(gather_object([scores]), windows, batch_size) if accelerator else scores
 
 
-def in_order(parts):
-    """The scores of several processes as one dict of arrays, in the order of examples and positions."""
-    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.lexsort((scores["position"], scores["example"]))
-    return {name: array[order] for name, array in scores.items()}
+def in_order(parts, windows, batch_size):
+    """The scores of every process's own_windows as one dict of arrays, in the order of all windows."""
+    process = np.arange(len(windows)) // batch_size % len(parts)
+    order = np.argsort(np.repeat(process, np.diff(entries_of(windows).offsets)), kind="stable")  # of positions, as gathered
+    return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
 
 
 def sweep_logits(base_logits, memory, targets, seen, backoff):
