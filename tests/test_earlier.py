@@ -21,9 +21,10 @@ import training
 from base_model import BaseLM
 from chat import Chat
 from datastore import Datastore, read_examples
-from earlier import Claim
+from earlier import Claim, earlier_options
 from memory_decoder import MemoryDecoder, read_manifest
 from sources.rows import Example
+from support.command import UserError
 from texts import Entries
 
 NOTES = "Quillfeather keeps the lanterns of the harbour. Every lantern that Quillfeather keeps is blue.\n"
@@ -281,6 +282,16 @@ def test_a_second_training_into_one_folder_is_told_that_there_is_one(folder, tin
     assert contents(folder) == before
     with Claim(folder), Claim(folder, wanted=False):  # the other processes of one run
         pass
+
+
+def test_of_several_processes_only_the_first_of_all_machines_claims_the_folder(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # every machine has such a process
+    with Claim(folder):
+        monkeypatch.setenv("RANK", "4")
+        assert earlier_options(script.Options(output_dir=str(folder)))["k"] == 8
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match="Another training"):
+            earlier_options(script.Options(output_dir=str(folder)))
 
 
 def test_a_training_that_was_killed_leaves_the_folder_to_the_next(tiny_gemma, rows_file, tmp_path):
