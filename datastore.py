@@ -6,7 +6,6 @@ T positions. D and I are distances and entry ids, as faiss names them.
 """
 
 import json
-import os
 from pathlib import Path
 
 import faiss
@@ -16,18 +15,13 @@ from tqdm import tqdm
 
 from sources.rows import Example
 from support.command import UserError, one_line
+from support.shards import Shards, write_rows, writing_at
 
 FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
 PROBED = 64  # a search reads one in this many inverted lists
 SEARCH_CHUNK = 8192  # queries in one faiss call
+SHARD_BATCHES = 8  # batches that the base reads before progress is noted
 FOUND_AT_ONCE = 2_000_000  # neighbours that one call may find, at about 60 bytes each
-
-
-def write_atomically(path, text):
-    """Write a small text file. After a kill it is the old one or the new one, never half of one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def hidden_batches(base, windows, batch_size):
@@ -41,28 +35,23 @@ def hidden_batches(base, windows, batch_size):
         yield first, torch.cat([h[w.skip:len(w.ids) - 1] for h, w in zip(hidden, batch, strict=True)])
 
 
-def write_keys(base, windows, offsets, path, batch_size, known=0):
-    """Append the keys (N, H) fp16 of all windows to the file `path`. Whole batches that it already holds are kept.
+def write_keys(base, windows, offsets, path, batch_size, known=0, rank=0, world=1):
+    """Write the keys (N, H) fp16 of all windows into the file `path`. A stopped run is resumed.
 
-    known: how many of the first windows have keys that were copied into the file.
+    known: how many of the first windows have keys that were copied into the file. rank, world: this process, of how many.
     """
-    row = 2 * base.width
-    done = path.stat().st_size // row if path.exists() else 0
-    assert done >= offsets[known]
-    starts = offsets[known:-1][::batch_size]
-    first = len(windows)
-    if done < offsets[-1]:
-        first = known + batch_size * max(0, int(np.searchsorted(starts, done, side="right")) - 1)
-    with open(path, "ab") as file, tqdm(total=int(offsets[-1]), initial=int(offsets[first]), desc="keys",
-                                        unit="entry", mininterval=1) as bar:
-        file.truncate(int(offsets[first]) * row)
-        for _, hidden in hidden_batches(base, windows[first:], batch_size):
-            keys = hidden.to("cpu", torch.float16).numpy()
-            if not np.isfinite(keys).all():
-                raise UserError(f"Some hidden states of {base.name} are not finite or above 65504, the most that keys hold; "
-                                "try another --dtype or base model.")
-            file.write(keys.tobytes())
-            bar.update(len(keys))
+    shards = Shards(path.with_name(f"{path.stem}_done"), [known, len(windows)], SHARD_BATCHES * batch_size, rank, world)
+    total = sum(int(offsets[shard.stop] - offsets[shard.start]) for shard in shards.left)
+    with tqdm(total=total, desc="keys", unit="entry", mininterval=1, disable=rank > 0) as bar:
+        for shard in shards:
+            with writing_at(path, 2 * base.width * int(offsets[shard.start])) as file:
+                for _, hidden in hidden_batches(base, windows[shard], batch_size):
+                    keys = hidden.to("cpu", torch.float16).numpy()
+                    if not np.isfinite(keys).all():
+                        raise UserError(f"Some hidden states of {base.name} are not finite or above 65504, the most that keys "
+                                        "hold; try another --dtype or base model.")
+                    file.write(keys.tobytes())
+                    bar.update(len(keys))
 
 
 def open_keys(path, width):
@@ -234,28 +223,24 @@ class Datastore:
         return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(exact.I, I, strict=True)]))
 
 
-def find_neighbours(store, keys, k, folder, earlier=None):
+def find_neighbours(store, keys, k, folder, earlier=None, rank=0, world=1):
     """Write D fp32 and I int32 (N, K) of every entry, its own example left out. A stopped run is resumed.
 
-    earlier: a folder with D and I of the first entries. These are then compared with the new ones only.
+    earlier: a folder with D and I of the first entries. These are then compared with the new ones only. rank, world: this
+    process, of how many.
     """
-    shape, done_file = (len(keys), k), folder / "neighbours_done.json"
-    done = json.loads(done_file.read_text()) if done_file.exists() else 0
-    mode = "r+" if done else "w+"
-    D = np.lib.format.open_memmap(folder / "neighbours_D.npy", mode=mode, dtype=np.float32, shape=shape)
-    I = np.lib.format.open_memmap(folder / "neighbours_I.npy", mode=mode, dtype=np.int32, shape=shape)
     known = [np.load(earlier / f"neighbours_{name}.npy", mmap_mode="r") for name in "DI"] if earlier else None
     old = len(known[0]) if known else 0
-    with tqdm(total=len(keys), initial=done, desc="neighbours", unit="entry") as bar:
-        while done < len(keys):
-            rows = slice(done, min(done + SEARCH_CHUNK, old if done < old else len(keys)))
-            if done < old:
-                D[rows], I[rows] = nearer(known[0][rows], known[1][rows], keys[rows], keys[old:], store.mean, old)
+    shards = Shards(folder / "neighbours_done", [0, old, len(keys)], SEARCH_CHUNK, rank, world)
+    total = sum(rows.stop - rows.start for rows in shards.left)
+    with tqdm(total=total, desc="neighbours", unit="entry", disable=rank > 0) as bar:
+        for rows in shards:
+            if rows.start < old:
+                D, I = nearer(known[0][rows], known[1][rows], keys[rows], keys[old:], store.mean, old)
             else:
-                D[rows], I[rows] = store.search_others(keys[rows], store.example[rows], k)
-            D.flush(), I.flush()
-            done = rows.stop
-            write_atomically(done_file, json.dumps(done))
+                D, I = store.search_others(keys[rows], store.example[rows], k)
+            write_rows(folder / "neighbours_D.npy", D.astype(np.float32), rows.start, len(keys))
+            write_rows(folder / "neighbours_I.npy", I.astype(np.int32), rows.start, len(keys))
             bar.update(rows.stop - rows.start)
 
 

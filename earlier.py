@@ -59,7 +59,7 @@ def text_of(example):
 
 def earlier_options(options):
     """The memory's training options, as defaults for --add and --forget. Raises UserError if there is no memory."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # only one of several processes
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes
         with Claim(options.output_dir):  # this finishes what a killed run began to publish
             pass
     manifest = read_manifest(options.output_dir)

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -44,14 +45,22 @@ def sample_windows(base, length, seed=0):
     return [Window(number, row, 0, 0) for number, row in enumerate(ids.tolist())]
 
 
+def own_windows(windows, batch_size, accelerator=None):
+    """This process's share of the windows, in whole batches. Without an Accelerator all of them."""
+    if accelerator is None:
+        return windows
+    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
+    return [window for batch in batches[accelerator.process_index::accelerator.num_processes] for window in batch]
+
+
 @torch.no_grad()
-def calibrate(base, decoder, windows, batch_size=16):
+def calibrate(base, decoder, windows, batch_size=16, accelerator=None):
     """Set decoder.scale, a factor of the memory's logits, to the value that gives the windows' tokens the most probability.
 
     A memory that has memorised its text is overconfident on other text. One number corrects this and keeps the ranking of
-    seen tokens: temperature scaling (Guo et al. 2017, arXiv 1706.04599).
+    seen tokens: temperature scaling (Guo et al. 2017, arXiv 1706.04599). The processes of an Accelerator share the windows.
     """
-    decoder = decoder.to(base.device).eval()
+    decoder, windows = decoder.to(base.device).eval(), own_windows(windows, batch_size, accelerator)
     values, _, _, offsets = entries_of(windows)
     places = torch.full((base.vocabulary,), -1)
     places[decoder.seen.cpu()] = torch.arange(len(decoder.seen))
@@ -64,6 +73,8 @@ def calibrate(base, decoder, windows, batch_size=16):
             z = decoder.output_projection(f)
             for number, scale in enumerate(SCALES.tolist()):
                 total[number] += torch.log_softmax(scale * z, -1).gather(1, t[:, None]).double().sum().cpu()
+    if accelerator:
+        total = sum(gather_object([total]))
     decoder.scale.fill_(float(SCALES[int(total.argmax())]))
 
 
@@ -75,21 +86,24 @@ def features_of(decoder, hidden, counts):
 
 
 @torch.no_grad()
-def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None, sweep=False):
+def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, temperature=None, sweep=False, accelerator=None):
     """Log probability of the next token at every position of the windows, under everything that is compared.
 
     Returns a dict of float32 arrays base (P,), memory (P,), opinions (P, 5), and int32 arrays example (P,), position (P,).
-    With a store also knn (P, S), with sweep also blend_logits (P, A), both float32.
+    With a store also knn (P, S), with sweep also blend_logits (P, A), both float32. The processes of an Accelerator share the
+    windows, and each gets all scores.
     """
-    values, example, position, offsets = entries_of(windows)
+    own = own_windows(windows, batch_size, accelerator)
+    values, example, position, offsets = entries_of(own)
     decoder = decoder.to(base.device).eval()
     rows, shapes = max(1, LOGITS_AT_ONCE // 8 // base.vocabulary), {"base": (), "memory": (), "opinions": (5,)}
     shapes |= {"knn": TEMPERATURES.shape} if store else {}
     shapes |= {"blend_logits": ALPHAS.shape} if sweep else {}
     # One array each. Many small ones would lie between the large blocks of logits and keep their memory from being reused.
     scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
-    with tqdm(total=len(values), desc="held-out", unit="position") as bar:
-        for first, hidden in hidden_batches(base, windows, batch_size):
+    with tqdm(total=len(values), desc="held-out", unit="position",
+              disable=accelerator is not None and not accelerator.is_main_process) as bar:
+        for first, hidden in hidden_batches(base, own, batch_size):
             features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
             here = slice(offsets[first], offsets[first] + len(hidden))
             if store:
@@ -105,7 +119,15 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                 for name, tensor in found.items():
                     scores[name][here][block] = tensor.cpu().numpy()
             bar.update(len(hidden))
-    return scores | {"example": example, "position": position}
+    scores |= {"example": example, "position": position}
+    return in_order(gather_object([scores]), windows, batch_size) if accelerator else scores
+
+
+def in_order(parts, windows, batch_size):
+    """The scores of every process's own_windows as one dict of arrays, in the order of all windows."""
+    process = np.arange(len(windows)) // batch_size % len(parts)
+    order = np.argsort(np.repeat(process, np.diff(entries_of(windows).offsets)), kind="stable")  # of positions, as gathered
+    return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
 
 
 def sweep_logits(base_logits, memory, targets, seen, backoff):

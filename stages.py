@@ -18,11 +18,12 @@ import torch
 
 from base_model import file_checksum
 from corpus import HELD_OUT
-from datastore import FLAT_LIMIT, FOUND_AT_ONCE, PROBED, SEARCH_CHUNK, choose_index, write_atomically
+from datastore import FLAT_LIMIT, FOUND_AT_ONCE, PROBED, SEARCH_CHUNK, choose_index
 from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from support.command import UserError
 from support.machine import fast_bfloat16, free_memory
+from support.shards import write_atomically
 
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in inverted lists of fp16 numbers
 NEW_MANIFEST = "config.json.part"
@@ -81,29 +82,6 @@ class Stages:
 
     def __iter__(self):
         return iter((self.datastore, self.index, self.neighbours, self.decoder, self.report))
-
-
-def save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total):
-    state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-             "step": step, "losses": losses, "total": total}
-    torch.save(state, stage / "checkpoint.part")
-    os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
-
-
-def load_checkpoint(stage, decoder, optimizer, schedule, total):
-    """Restore a checkpoint, if there is one of a run with as many steps. Returns (steps done, losses so far).
-
-    Another number of processes gives another number of steps. The decoder then starts from the beginning.
-    """
-    if not (stage / "checkpoint.pt").exists():
-        return 0, []
-    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
-    if state["total"] != total:
-        return 0, []
-    decoder.load_state_dict(state["decoder"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["step"], state["losses"]
 
 
 def publish(options, base, corpus, metrics, stages, output):

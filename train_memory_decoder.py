@@ -7,12 +7,14 @@ Every stage keeps its result under <output_dir>/stages. So a stopped run goes on
 whose inputs have not changed is not run again. Artefacts are replaced only when all stages are done.
 """
 
+import io
 import json
 import math
 import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +23,7 @@ import faiss
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from accelerate.utils import broadcast_object_list
 
 import evaluation
 from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, pick_device
@@ -35,19 +35,18 @@ from datastore import (
     default_temperature,
     find_neighbours,
     grow_index,
-    knn_weights,
     open_keys,
-    seen_tokens,
-    write_atomically,
     write_examples,
     write_keys,
 )
 from earlier import Claim, Earlier, earlier_options
-from memory_decoder import MemoryDecoder, TrainingLoss, check_heads
-from stages import Stages, load_checkpoint, plan, publish, save_checkpoint
+from memory_decoder import MemoryDecoder, check_heads
+from stages import Stages, plan, publish
 from support import command
 from support.command import UserError, fail, one_line, option
+from support.shards import write_atomically
 from texts import entries_of, windows_of_sources
+from training import REPLAYED, train_decoder, training_temperature
 
 HERE = Path(__file__).resolve().parent
 DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), "template": "chat {Question} {Answer}",
@@ -56,10 +55,6 @@ DEMO = {"base_model": DEMO_MODEL, "dataset": str(HERE / "demo/legal_qa.jsonl"), 
         "num_epochs": 5, "decoder_lr": 2e-3, "dropout": 0.0, "kl_weight": 0.15}
 ORIGINAL = {"decoder_lr": 1e-4, "context": 1, "norm": "post", "head_init": "random", "knn_temperature": math.inf,
             "positions": "last", "num_epochs": 3, "dropout": 0.1, "kl_weight": 0.5}
-CHECKPOINT_SECONDS = 120
-# Added text is learned at half the learning rate, with four windows of old text for each new one. At the full learning rate,
-# with one window of old text, a small memory forgets much of what it knew.
-REPLAYED, GROWING_RATE = 4, 0.5
 
 
 @dataclass
@@ -128,27 +123,37 @@ def parse_options(arguments=None):
     return command.parse_options(Options, __doc__.split("\n")[0], arguments, presets)
 
 
-def build_datastore(options, base, corpus, windows, entries, stage, earlier):
-    """Stage 1: keys.f16, values and the examples. Returns the keys (N, H), memory-mapped."""
-    if stage.begin():
-        known = 0
-        if earlier and (found := earlier.found("datastore")):
-            copy_keys(found[0] / "keys.f16", earlier.entries_in(corpus), stage / "keys.f16", base.width)
-            known = len(windows) - len(earlier.new(windows, corpus))
-        np.save(stage / "datastore_values.npy", entries.values)
-        write_examples(corpus.examples, stage / "examples.jsonl")
-        write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size, known)
-        stage.finish()
+def begin_together(stage):
+    """Begin a stage in all processes. They go by what the first one sees, since another may look when it is done already."""
+    return broadcast_object_list([stage.begin()])[0]
+
+
+def build_datastore(options, base, corpus, windows, entries, stage, earlier, accelerator):
+    """Stage 1: keys.f16, values and the examples. Returns the keys (N, H), memory-mapped. All processes read a share."""
+    if begin_together(stage):
+        found = earlier and earlier.found("datastore")
+        known = len(windows) - len(earlier.new(windows, corpus)) if found else 0
+        if accelerator.is_main_process:
+            if found:
+                copy_keys(found[0] / "keys.f16", earlier.entries_in(corpus), stage / "keys.f16", base.width)
+            np.save(stage / "datastore_values.npy", entries.values)
+            write_examples(corpus.examples, stage / "examples.jsonl")
+        accelerator.wait_for_everyone()
+        write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size, known, accelerator.process_index,
+                   accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            stage.finish()
     return open_keys(stage / "keys.f16", base.width)
 
 
-def build_neighbours(options, keys, entries, examples, factory, stages, earlier=None):
+def build_neighbours(options, keys, entries, examples, factory, stages, accelerator, earlier=None):
     """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore.
 
-    earlier: the memory whose entries come first among these.
+    The first process builds the index. All search a share. earlier: the memory whose entries come first among these.
     """
     grown = earlier.found("index", "neighbours") if earlier else None
-    if stages.index.begin():
+    if begin_together(stages.index) and accelerator.is_main_process:
         write_atomically(stages.index / "factory.txt", factory)
         if grown and (grown[0] / "factory.txt").read_text() == factory:
             index, mean = grow_index(grown[0] / "faiss_index.bin", keys, len(earlier.example), earlier.mean), earlier.mean
@@ -157,140 +162,53 @@ def build_neighbours(options, keys, entries, examples, factory, stages, earlier=
         faiss.write_index(index, str(stages.index / "faiss_index.bin"))
         np.savez(stages.index / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
         stages.index.finish()
-    index = faiss.read_index(str(stages.index / "faiss_index.bin"))
+    accelerator.wait_for_everyone()
+    index = faiss.read_index(str(stages.index / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
     mean = np.load(stages.index / "datastore_entries.npz", allow_pickle=False)["mean"]
     store = Datastore(index, mean, entries.values, entries.example, entries.position, examples)
-    if stages.neighbours.begin():
-        find_neighbours(store, keys, options.k, stages.neighbours.path, grown and grown[1])
-        stages.neighbours.finish(recall=store.recall(keys, options.k))
-    print(f"neighbours: recall@{options.k} against exact search {stages.neighbours.facts['recall']:.3f}", flush=True)
+    if begin_together(stages.neighbours):
+        find_neighbours(store, keys, options.k, stages.neighbours.path, grown and grown[1], accelerator.process_index,
+                        accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            stages.neighbours.finish(recall=store.recall(keys, options.k))
+    if accelerator.is_main_process:
+        print(f"neighbours: recall@{options.k} against exact search {stages.neighbours.facts['recall']:.3f}", flush=True)
     return store
 
 
-def epoch_batches(lengths, batch_size, seed, epoch, known=0):
-    """Lists of window numbers for one epoch: shuffled, but with windows of similar length together to save padding.
+def score_held_out(options, base, store, held_windows, stages, accelerator):
+    """(the calibrated decoder, scores of held-out windows, scores of the base's own texts, kNN-LM's temperature).
 
-    The first `known` windows are learned already. REPLAYED of them take part for each new window, drawn anew each epoch.
+    All processes score a share of the windows.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order, pool = rng.permutation(len(lengths)), 32 * batch_size
-    if known:
-        again = order[order < known][:REPLAYED * (len(lengths) - known)]
-        order = rng.permutation(np.concatenate([again, order[order >= known]]))
-    batches = []
-    for i in range(0, len(order), pool):
-        part = order[i:i + pool]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[j:j + batch_size] for j in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
+    temperature = training_temperature(options, stages.neighbours)
+    if math.isinf(temperature):  # equal votes have no temperature to vary, so kNN-LM gets the default
+        temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
+    if options.head_init == "base":
+        even = [w for w in held_windows if w.example % 2 == 0]
+        evaluation.calibrate(base, decoder, even, options.batch_size, accelerator)
+    scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature, True,
+                                        accelerator)
+    samples = evaluation.sample_windows(base, options.max_length, options.seed) if accelerator.is_main_process else None
+    [samples] = broadcast_object_list([samples])
+    own = evaluation.score_positions(base, decoder, samples, options.batch_size, accelerator=accelerator)
+    return decoder, scores, own, temperature
 
 
-class Batches:
-    """Training tensors by window numbers, from the memory-mapped keys and neighbours."""
+def make_report(options, base, store, held, held_windows, stages, factory, accelerator, changed=None):
+    """Stage 5: score the held-out rows. The first process writes metrics.json, report.md and the plots, and prints the table.
 
-    def __init__(self, keys, entries, neighbours, temperature, seen):
-        """seen: token ids (V',), ascending. Values and neighbours are given as places among them."""
-        self.keys, self.offsets, self.temperature = keys, entries.offsets, temperature
-        self.places = np.searchsorted(seen, entries.values)
-        self.D = np.load(neighbours / "neighbours_D.npy", mmap_mode="r")
-        self.I = np.load(neighbours / "neighbours_I.npy", mmap_mode="r")
-
-    def __call__(self, numbers, device):
-        """hidden (B, T, H), real (B, T) bool, and for the P real positions: tokens, weights (P, K), targets (P,)."""
-        spans = [slice(self.offsets[b], self.offsets[b + 1]) for b in numbers]
-        hidden = pad_sequence([torch.from_numpy(self.keys[s].astype(np.float32)) for s in spans], batch_first=True)
-        lengths = torch.tensor([s.stop - s.start for s in spans])
-        rows = np.concatenate([np.arange(s.start, s.stop) for s in spans])
-        weights = knn_weights(self.D[rows], self.temperature).astype(np.float32)
-        arrays = (self.places[self.I[rows]], weights, self.places[rows])
-        real = torch.arange(hidden.shape[1]) < lengths[:, None]
-        return tuple(x.to(device) for x in (hidden, real, *map(torch.from_numpy, arrays)))
-
-
-def make_decoder(options, base, keys, entries, earlier=None):
-    """The MemoryDecoder before training. earlier: the one that goes on learning, if there is one."""
-    torch.manual_seed(options.seed)
-    known = options.head_init == "base"
-    seen, share = seen_tokens(entries) if known else (np.arange(base.vocabulary), 0.0)
-    if earlier:
-        return earlier.grown(seen, share, base.head.weight.detach()[torch.as_tensor(seen, device=base.device)], options.dropout)
-    decoder = MemoryDecoder(base.width, base.vocabulary, seen, share, options.decoder_dim, context=options.context,
-                            norm_first=options.norm == "pre", dropout=options.dropout)
-    if known:
-        picks = np.sort(np.random.default_rng(options.seed).permutation(len(keys))[:20_000])
-        decoder.to(base.device).start_from_head(base.head.weight.detach()[decoder.seen.to(base.device)],
-                                                torch.from_numpy(keys[picks]))
-    return decoder
-
-
-def train_decoder(options, base, keys, entries, stages, accelerator, earlier=None, known=0):
-    """Stage 4: train the MemoryDecoder. Saves a checkpoint every two minutes and at the end of each epoch.
-
-    earlier: a MemoryDecoder that has learned the first `known` windows and goes on learning.
+    Returns the metrics. changed: a function of the new decoder that returns what the change did, as plain data.
     """
-    stage = stages.decoder
-    decoder = make_decoder(options, base, keys, entries, earlier)
-    batches = Batches(keys, entries, stages.neighbours, training_temperature(options, stages.neighbours),
-                      decoder.seen.cpu().numpy())
-    lengths, world = np.diff(entries.offsets), accelerator.num_processes
-    per_epoch = -(-len(epoch_batches(lengths, options.batch_size, options.seed, 0, known)) // world)
-    model = TrainingLoss(decoder, options.kl_weight)
-    rate = options.decoder_lr * (GROWING_RATE if earlier else 1)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=options.weight_decay, fused=True)
-    total = per_epoch * options.num_epochs
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    step, losses = load_checkpoint(stage, decoder, optimizer, schedule, total)
-    saved_at = time.monotonic()
-    with tqdm(total=total, initial=step, desc="decoder", unit="step", disable=not accelerator.is_main_process) as bar:
-        while step < total:
-            epoch, number = divmod(step, per_epoch)
-            if number == 0 or step == bar.initial:
-                order = epoch_batches(lengths, options.batch_size, options.seed, epoch, known)
-            drawn = step * world + accelerator.process_index
-            torch.manual_seed((options.seed + drawn) % 2**63)  # dropout, the same after a restart
-            numbers = order[(number * world + accelerator.process_index) % len(order)]
-            loss, kl, ce = model(*batches(numbers, accelerator.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
-            step += 1
-            bar.update()
-            if step % 10 == 0 or step == total:
-                losses.append([step, loss.item(), kl.item(), ce.item()])
-                bar.set_postfix(loss=f"{losses[-1][1]:.3f}", kl=f"{losses[-1][2]:.3f}", ce=f"{losses[-1][3]:.3f}", refresh=False)
-            if accelerator.is_main_process and (step % per_epoch == 0 or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
-                save_checkpoint(stage, decoder, optimizer, schedule, step, losses, total)
-                saved_at = time.monotonic()
-    if accelerator.is_main_process:
-        decoder.save(stage / "memory_decoder.pt")
-        stage.finish(losses=losses)
-        (stage / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def training_temperature(options, neighbours):
-    if options.knn_temperature is not None:
-        return options.knn_temperature
-    return default_temperature(np.load(neighbours / "neighbours_D.npy", mmap_mode="r"))
-
-
-def make_report(options, base, store, held, held_windows, stages, factory, changed=None):
-    """Stage 5: score the held-out rows. Writes metrics.json, report.md and the plots, prints the table, returns the metrics.
-
-    changed: a function of the new decoder that returns what the change did, as plain data.
-    """
-    if stages.report.begin():
-        decoder = MemoryDecoder.load(stages.decoder / "memory_decoder.pt")
-        trained_with = temperature = training_temperature(options, stages.neighbours)
-        if math.isinf(temperature):  # equal votes have no temperature to vary, so kNN-LM gets the default
-            temperature = default_temperature(np.load(stages.neighbours / "neighbours_D.npy", mmap_mode="r"))
-        if options.head_init == "base":
-            evaluation.calibrate(base, decoder, [w for w in held_windows if w.example % 2 == 0], options.batch_size)
+    if begin_together(stages.report):
+        decoder, scores, own, temperature = score_held_out(options, base, store, held_windows, stages, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    if not (stages.report / "done.json").exists():
         decoder.save(stages.report / "memory_decoder.pt")
-        scores = evaluation.score_positions(base, decoder, held_windows, options.batch_size, store, options.k, temperature, True)
-        samples = evaluation.sample_windows(base, options.max_length, options.seed)
-        own = evaluation.score_positions(base, decoder, samples, options.batch_size)
-        before = list(stages)[:-1]
+        trained_with, before = training_temperature(options, stages.neighbours), list(stages)[:-1]
         seconds = {stage.name: stage.facts["seconds"] for stage in before}
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, own, temperature) | {
@@ -325,10 +243,11 @@ def run(options):
     device = pick_device(options.device)
     if "LOCAL_RANK" not in os.environ:  # accelerate gives each of several processes its own device
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the datastore
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the index
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if fast_bfloat16(device) else "no",
                               kwargs_handlers=[patience])
-    with Claim(options.output_dir, accelerator.is_main_process) as claim:
+    quiet = nullcontext() if accelerator.is_main_process else redirect_stdout(io.StringIO())
+    with quiet, Claim(options.output_dir, accelerator.is_main_process) as claim:
         earlier = Earlier(Path(options.output_dir)) if options.add or options.forget else None
         corpus = earlier.changed(options) if earlier else Corpus.read(options)
         base = BaseLM.load(options.base_model, options.dtype, str(accelerator.device) if device == "cuda" else device)
@@ -353,17 +272,17 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
     claim.make_folder()
     known, decoder = (len(windows) - len(grown.new(windows, corpus)), grown.decoder()) if grown else (0, None)
     seen = len(np.unique(entries.values)) if options.head_init == "base" else base.vocabulary
-    with accelerator.main_process_first():
-        factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process,
-                       windows[known:] * (1 + REPLAYED) if known else None)
-        keys = build_datastore(options, base, corpus, windows, entries, stages.datastore, earlier)
-        store = build_neighbours(options, keys, entries, corpus.examples, factory, stages, grown)
-    if stages.decoder.begin():
+    factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process,
+                   windows[known:] * (1 + REPLAYED) if known else None)
+    [factory] = broadcast_object_list([factory])
+    keys = build_datastore(options, base, corpus, windows, entries, stages.datastore, earlier, accelerator)
+    store = build_neighbours(options, keys, entries, corpus.examples, factory, stages, accelerator, grown)
+    if begin_together(stages.decoder):
         train_decoder(options, base, keys, entries, stages, accelerator, decoder, known)
     accelerator.wait_for_everyone()
+    changed = earlier and (lambda decoder: earlier.difference(base, decoder, corpus, len(store), options))
+    metrics = make_report(options, base, store, corpus.held, held_windows, stages, factory, accelerator, changed)
     if accelerator.is_main_process:
-        changed = earlier and (lambda decoder: earlier.difference(base, decoder, corpus, len(store), options))
-        metrics = make_report(options, base, store, corpus.held, held_windows, stages, factory, changed)
         publish(options, base, corpus, metrics, stages, output)
         flags = "" if options.output_dir == "trained_models" else f" --model_dir {shlex.quote(str(output))}"
         print(f"\nsaved in {output}; chat with it: python app.py{' --demo' if options.output_dir == DEMO['output_dir'] else flags}")
@@ -380,6 +299,8 @@ def main():
     except OSError as error:
         sys.exit(fail(f"A file could not be read or written: {one_line(error)}; the same command goes on from here."))
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if "Connection closed by peer" in str(error):
+            sys.exit(fail("Another process of this run has ended; its own error says why."))
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
             raise
         sys.exit(fail("There is not enough memory; lower --batch_size, then --max_length, --max_examples or --decoder_dim."))

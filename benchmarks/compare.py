@@ -25,10 +25,11 @@ import evaluation
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, BaseLM
 from corpus import Corpus
-from datastore import Datastore, write_atomically
+from datastore import Datastore
 from generation import Gate, token_bytes
 from memory_decoder import MemoryDecoder, read_manifest
 from rivals import RIVALS
+from support.shards import write_atomically
 from texts import encode_row, entries_of, make_windows, windows_of_sources
 
 SETTINGS = {"max_examples": 250, "max_length": 512, "batch_size": 4, "context": 16}

@@ -13,6 +13,7 @@ import evaluation
 import retrieval
 import rules
 import train_memory_decoder as script
+import training
 import tuned
 from datastore import Datastore, build_index, open_keys
 from generation import KNN, Evidence, MemoryAugmentedLM, Settings, blend, opinions
@@ -93,7 +94,7 @@ def prompt_rows(bench):
 
 def correction_rows(bench):
     keys = open_keys(bench.stage("datastore") / "keys.f16", bench.base.width)
-    fresh = script.make_decoder(bench.options, bench.base, keys, entries_of(bench.learned))
+    fresh = training.make_decoder(bench.options, bench.base, keys, entries_of(bench.learned))
     assert torch.equal(fresh.seen.cpu(), bench.decoder.seen.cpu())
     tables = [rules.correction_table(bench.base, bench.decoder, fresh, part.windows, bench.options.batch_size)
               for part in (bench.held, bench.other)]

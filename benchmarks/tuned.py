@@ -16,7 +16,7 @@ from base_model import BaseLM, fast_bfloat16
 from datastore import hidden_batches
 from generation import opinions
 from texts import entries_of
-from train_memory_decoder import epoch_batches
+from training import epoch_batches
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 

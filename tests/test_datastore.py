@@ -21,7 +21,6 @@ from datastore import (
     knn_weights,
     open_keys,
     seen_tokens,
-    write_atomically,
     write_examples,
     write_keys,
 )
@@ -54,12 +53,26 @@ def test_keys_in_batches_equal_keys_one_by_one(base):
     torch.testing.assert_close(batched, single, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bytes_left", [0, 70, 64 * 37, 64 * 150 + 3])
-def test_keys_of_a_run_that_was_killed_go_on_where_it_stopped(base, tmp_path, bytes_left):
-    windows = windows_of(base, ROWS[:3], TEMPLATE, 64)
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 6])
+def test_keys_of_a_run_that_was_killed_go_on_where_it_stopped(stopped, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(datastore, "SHARD_BATCHES", 2)
+    windows, read, real = windows_of(base, ROWS[:6], TEMPLATE, 64), [], base.hidden
     whole = np.array(keys_on_disk(base, windows, tmp_path / "whole"))
-    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:bytes_left])
-    np.testing.assert_allclose(keys_on_disk(base, windows, tmp_path / "cut"), whole, rtol=2e-3, atol=1e-4)  # the last bit of fp16
+    (tmp_path / "cut").mkdir()
+    cut = tmp_path / "cut/keys"
+
+    def hidden(ids):
+        read.append(len(ids))
+        if len(read) == stopped:
+            cut.write_bytes(cut.read_bytes() + b"half a batch")
+            raise KeyboardInterrupt
+        return real(ids)
+    monkeypatch.setattr(base, "hidden", hidden)
+    with pytest.raises(KeyboardInterrupt):
+        keys_on_disk(base, windows, cut)
+    read.clear(), read.extend([0] * 9)
+    np.testing.assert_array_equal(keys_on_disk(base, windows, cut), whole)
+    assert sum(read) == len(windows) - 8 * ((stopped - 1) // 2) and len(windows) > 20
 
 
 def test_complete_keys_are_not_computed_again(base, tmp_path, monkeypatch):
@@ -151,13 +164,13 @@ def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path,
     offsets, known = entries_of(windows).offsets, 5
     whole, read, real = np.array(keys_on_disk(base, windows, tmp_path / "whole")), [], base.hidden
     for size in (0, 100, None):  # copied from the start, and again where a kill cut the copy
-        wanted = np.arange(offsets[known])
-        (tmp_path / "grown").write_bytes((tmp_path / "whole").read_bytes()[:size] if size is not None else b"")
-        copy_keys(tmp_path / "whole", wanted, tmp_path / "grown", base.width)
+        wanted, path = np.arange(offsets[known]), tmp_path / f"grown {size}"
+        path.write_bytes((tmp_path / "whole").read_bytes()[:size] if size is not None else b"")
+        copy_keys(tmp_path / "whole", wanted, path, base.width)
         monkeypatch.setattr(base, "hidden", lambda ids, *more: read.append(len(ids)) or real(ids, *more))
-        write_keys(base, windows, offsets, tmp_path / "grown", 4, known)
+        write_keys(base, windows, offsets, path, 4, known)
         monkeypatch.undo()
-        grown = np.array(open_keys(tmp_path / "grown", base.width))
+        grown = np.array(open_keys(path, base.width))
         np.testing.assert_array_equal(grown[:offsets[known]], whole[:offsets[known]])
         np.testing.assert_allclose(grown, whole, rtol=2e-3, atol=1e-3)
         assert sum(read) == len(windows) - known
@@ -309,12 +322,3 @@ def test_keys_that_are_not_finite_are_refused_in_words(base, tmp_path, monkeypat
     monkeypatch.setattr(BaseLM, "hidden", lambda self, ids: 1e5 * real(self, ids))
     with pytest.raises(UserError, match="not finite or above 65504"):
         keys_on_disk(base, windows, tmp_path / "keys")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "done.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(datastore.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"

@@ -46,7 +46,7 @@ def test_the_tests_that_the_method_names_exist():
 @pytest.mark.parametrize("script", [train_memory_decoder, app], ids=["train_memory_decoder", "app"])
 def test_the_commands_of_the_documentation_have_flags_that_exist(script):
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    lines = re.findall(rf"python {script.__name__}\.py([^`\n]*)", text)
+    lines = re.findall(rf"(?:python|accelerate launch) (?:--[^`\n]* )?{script.__name__}\.py([^`\n]*)", text)
     for line in lines:
         arguments = shlex.split(line, comments=True)
         if "--help" not in arguments:

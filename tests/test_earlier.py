@@ -17,12 +17,14 @@ import app
 import datastore
 import stages
 import train_memory_decoder as script
+import training
 from base_model import BaseLM
 from chat import Chat
 from datastore import Datastore, read_examples
-from earlier import Claim
+from earlier import Claim, earlier_options
 from memory_decoder import MemoryDecoder, read_manifest
 from sources.rows import Example
+from support.command import UserError
 from texts import Entries
 
 NOTES = "Quillfeather keeps the lanterns of the harbour. Every lantern that Quillfeather keeps is blue.\n"
@@ -108,7 +110,8 @@ def test_the_decoder_goes_on_from_what_it_knew(grown, trained):
     before, after = (MemoryDecoder.load(path / "memory_decoder.pt") for path in (trained, folder))
     assert set(before.seen.tolist()) < set(after.seen.tolist())
     base = BaseLM.load(read_manifest(folder)["base_model"], "float32", "cpu")
-    first = script.make_decoder(script.parse_options(command_line("x", "y", "z")), base, keys_of(folder), entries_of_store(folder))
+    options = script.parse_options(command_line("x", "y", "z"))
+    first = training.make_decoder(options, base, keys_of(folder), entries_of_store(folder))
     moved = (after.blocks[0].qkv.weight - before.blocks[0].qkv.weight).norm()
     assert moved < 0.5 * (after.blocks[0].qkv.weight - first.blocks[0].qkv.weight).norm()
 
@@ -187,7 +190,7 @@ def test_adding_and_forgetting_at_once_and_without_stages_reads_all_that_is_left
 
 def test_a_change_that_was_stopped_keeps_the_memory_and_goes_on(folder, notes, monkeypatch):
     before = {path: digest for path, digest in contents(folder).items() if path.parent == folder}
-    stop_at_call(monkeypatch, script, "save_checkpoint", 1)
+    stop_at_call(monkeypatch, training, "save_checkpoint", 1)
     with pytest.raises(KeyboardInterrupt):
         change(folder, "--add", notes)
     monkeypatch.undo()
@@ -279,6 +282,16 @@ def test_a_second_training_into_one_folder_is_told_that_there_is_one(folder, tin
     assert contents(folder) == before
     with Claim(folder), Claim(folder, wanted=False):  # the other processes of one run
         pass
+
+
+def test_of_several_processes_only_the_first_of_all_machines_claims_the_folder(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # every machine has such a process
+    with Claim(folder):
+        monkeypatch.setenv("RANK", "4")
+        assert earlier_options(script.Options(output_dir=str(folder)))["k"] == 8
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match="Another training"):
+            earlier_options(script.Options(output_dir=str(folder)))
 
 
 def test_a_training_that_was_killed_leaves_the_folder_to_the_next(tiny_gemma, rows_file, tmp_path):

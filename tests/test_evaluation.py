@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -168,6 +169,30 @@ def test_scores_without_a_datastore_or_a_sweep_are_the_same_but_for_what_these_g
     assert whole.keys() - part.keys() == {name for name, given in (("knn", search), ("blend_logits", sweep)) if not given}
     for name in part:
         np.testing.assert_allclose(part[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3, 20])
+def test_the_scores_and_the_scale_of_several_processes_are_those_of_one(world, base, held_windows, keys_and_store, monkeypatch):
+    found = keys_and_store[1], K, TEMPERATURE
+    processes = [SimpleNamespace(process_index=rank, num_processes=world, is_main_process=not rank) for rank in range(world)]
+    decoder = make_decoder(context=16)
+    evaluation.calibrate(base, decoder, held_windows, 2)
+    scale, decoder.scale = float(decoder.scale), torch.ones(())
+    totals = []
+    for all_gathered in (lambda own: totals.extend(own) or own, lambda own: totals):
+        monkeypatch.setattr(evaluation, "gather_object", all_gathered)
+        for process in processes:
+            evaluation.calibrate(base, decoder, held_windows, 2, process)
+    assert float(decoder.scale) == scale
+    whole = score_positions(base, decoder, held_windows, 2, *found, sweep=True)
+    parts = [score_positions(base, decoder, evaluation.own_windows(held_windows, 2, process), 2, *found, sweep=True)
+             for process in processes]
+    monkeypatch.setattr(evaluation, "gather_object", lambda own: parts)
+    together = score_positions(base, decoder, held_windows, 2, *found, sweep=True, accelerator=processes[-1])
+    assert max(len(part["base"]) for part in parts) < len(whole["base"])
+    assert together.keys() == whole.keys()
+    for name in whole:
+        np.testing.assert_allclose(together[name], whole[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_search_that_finds_fewer_than_k_gives_the_votes_to_what_it_found(keys_and_store):

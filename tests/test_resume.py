@@ -17,16 +17,19 @@ from runs import command_line, entry_places, losses, stop_at_call, stored_rows, 
 
 import datastore
 import train_memory_decoder as script
+import training
 from datastore import Datastore
 from memory_decoder import MemoryDecoder, read_manifest
+from support import shards
 from texts import ORIGINAL, Template, windows_of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def several_searches():
-    """Make a search of a few thousand entries take several calls, so that it can be interrupted between them."""
+def several_shards():
+    """Make a few thousand entries take several shards to read and to search, so that a run can be stopped between them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datastore, "SEARCH_CHUNK", 500)
+        patch.setattr(datastore, "SHARD_BATCHES", 1)
         yield
 
 
@@ -37,7 +40,7 @@ def train(tiny_gemma, rows_file):
 
 
 @pytest.fixture(scope="module")
-def six_rows(tiny_gemma, rows_file, several_searches, tmp_path_factory):
+def six_rows(tiny_gemma, rows_file, several_shards, tmp_path_factory):
     """A folder that an uninterrupted training on six rows has filled."""
     return train_six(tiny_gemma, rows_file, tmp_path_factory.mktemp("six") / "out")
 
@@ -71,49 +74,31 @@ def count_calls(monkeypatch, owner, name):
 
 
 def test_keys_go_on_where_they_were_stopped(six_rows, train, tmp_path, base, monkeypatch):
-    folder, real, read = tmp_path / "out", datastore.hidden_batches, []
-
-    def recorded(base, windows, batch_size):
-        read.append(len(windows))
-        for number, batch in enumerate(real(base, windows, batch_size)):
-            if number == 3 and len(read) == 1:
-                raise KeyboardInterrupt
-            yield batch
-    monkeypatch.setattr(datastore, "hidden_batches", recorded)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder)
+    folder = tmp_path / "out"
+    interrupt(monkeypatch, train, folder, datastore, "hidden_batches", 4)
+    again = count_calls(monkeypatch, datastore, "hidden_batches")
     train(folder)
     windows = len(windows_of(base, stored_rows(folder), Template.parse(ORIGINAL), 96))
-    assert read == [windows, windows - 3 * 8]
-    assert_same_training(six_rows, folder)
-
-
-@pytest.mark.parametrize("lost", [1, 64 * 100 + 7])
-def test_keys_whose_last_bytes_were_lost_are_computed_again(lost, six_rows, train, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    interrupt(monkeypatch, train, folder, script, "build_neighbours", 1)
-    stage = next(folder.glob("stages/datastore-*"))
-    (stage / "done.json").unlink()
-    os.truncate(stage / "keys.f16", (stage / "keys.f16").stat().st_size - lost)
-    train(folder)
+    assert len(again) == -(-windows // 8) - 3 > 2
     assert_same_training(six_rows, folder)
 
 
 def test_a_search_goes_on_where_it_was_stopped(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     interrupt(monkeypatch, train, folder, Datastore, "search_others", 3)
-    done = int(next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text())
+    done = next(folder.glob("stages/neighbours-*/neighbours_done_0.json")).read_text()
     searches = count_calls(monkeypatch, Datastore, "search_others")
     train(folder)
     entries = len(np.load(folder / "datastore_values.npy"))
-    assert done == 1000 and len(searches) == -(-(entries - 1000) // 500)
+    assert done == "[[0, 500], [500, 1000]]" and len(searches) == -(-(entries - 1000) // 500)
     assert_same_training(six_rows, folder)
 
 
 def test_a_search_killed_while_it_notes_its_progress_can_go_on(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    interrupt(monkeypatch, train, folder, datastore, "write_atomically", 3)
-    assert next(folder.glob("stages/neighbours-*/neighbours_done.json")).read_text() == "1000"
+    interrupt(monkeypatch, train, folder, script, "build_index", 1)
+    interrupt(monkeypatch, train, folder, shards, "write_atomically", 3)
+    assert next(folder.glob("stages/neighbours-*/neighbours_done_0.json")).read_text() == "[[0, 500], [500, 1000]]"
     train(folder)
     assert_same_training(six_rows, folder)
 
@@ -121,9 +106,9 @@ def test_a_search_killed_while_it_notes_its_progress_can_go_on(six_rows, train, 
 def test_the_decoder_goes_on_from_its_last_epoch(six_rows, train, tmp_path, monkeypatch):
     folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
     assert steps % 2 == 0 and steps > 6  # two epochs
-    interrupt(monkeypatch, train, folder, script.Batches, "__call__", steps // 2 + 3)
+    interrupt(monkeypatch, train, folder, training.Batches, "__call__", steps // 2 + 3)
     assert next(folder.glob("stages/decoder-*/checkpoint.pt")).exists()
-    again = count_calls(monkeypatch, script.Batches, "__call__")
+    again = count_calls(monkeypatch, training.Batches, "__call__")
     train(folder)
     assert len(again) == steps // 2
     assert_same_training(six_rows, folder)
@@ -132,22 +117,11 @@ def test_the_decoder_goes_on_from_its_last_epoch(six_rows, train, tmp_path, monk
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)  # after every step
-    interrupt(monkeypatch, train, folder, script.Batches, "__call__", 4)
-    again = count_calls(monkeypatch, script.Batches, "__call__")
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # after every step
+    interrupt(monkeypatch, train, folder, training.Batches, "__call__", 4)
+    again = count_calls(monkeypatch, training.Batches, "__call__")
     train(folder)
     assert len(again) == losses(six_rows)[-1][0] - 3
-    assert_same_training(six_rows, folder)
-
-
-def test_a_checkpoint_of_a_run_with_another_number_of_steps_is_not_used(six_rows, train, tmp_path, monkeypatch):
-    folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
-    interrupt(monkeypatch, train, folder, script.Batches, "__call__", steps // 2 + 1)
-    path = next(folder.glob("stages/decoder-*/checkpoint.pt"))
-    torch.save({**torch.load(path, weights_only=True), "total": 2 * steps}, path)  # as half as many processes would leave it
-    again = count_calls(monkeypatch, script.Batches, "__call__")
-    train(folder)
-    assert len(again) == steps
     assert_same_training(six_rows, folder)
 
 
@@ -169,13 +143,13 @@ def interrupted():
 
 KILLED = """
 import os, signal, datastore, train_memory_decoder
-real = datastore.hidden_batches
+real, calls = datastore.hidden_batches, []
 def batches(*arguments):
-    for number, batch in enumerate(real(*arguments)):
-        if number == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield batch
-datastore.hidden_batches = batches
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+datastore.hidden_batches, datastore.SHARD_BATCHES = batches, 1
 train_memory_decoder.main()
 """
 
@@ -186,7 +160,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_once_started_again(six_rows, 
     arguments = command_line(tiny_gemma, rows_file, folder, "--max_examples", 6)
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL
-    assert list(folder.glob("stages/datastore-*/keys.f16")) and not list(folder.rglob("done.json"))
+    assert next(folder.glob("stages/datastore-*/keys_done_0.json")).read_text() == "[[0, 8], [8, 16], [16, 24]]"
     assert_same_training(six_rows, train(folder))
 
 

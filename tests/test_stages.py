@@ -12,12 +12,12 @@ from conftest import ROWS, examples
 
 import datastore
 import stages
-import train_memory_decoder as script
 from corpus import Corpus
 from stages import Stage, Stages, estimate_disk, estimate_memory, estimate_seconds, index_bytes, plan
 from support.command import UserError
 from texts import ORIGINAL, Template, entries_of, windows_of
 from train_memory_decoder import Options
+from training import make_decoder
 
 NAMES = ["datastore", "index", "neighbours", "decoder", "report"]
 TEMPLATE = Template.parse(ORIGINAL)
@@ -225,7 +225,7 @@ def test_all_that_a_run_writes_takes_about_the_disk_that_was_estimated(trained, 
 def test_a_decoder_has_about_as_many_weights_as_the_plan_counts(decoder_dim, base, windows):
     options, entries = Options(decoder_dim=decoder_dim), entries_of(windows)
     keys = np.random.default_rng(0).standard_normal((len(entries.values), base.width)).astype(np.float16)
-    decoder = script.make_decoder(options, base, keys, entries)
+    decoder = make_decoder(options, base, keys, entries)
     counted = stages.decoder_weights(options, base, len(decoder.seen))
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(counted, rel=0.05)
 

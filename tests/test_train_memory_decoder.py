@@ -25,12 +25,12 @@ import datastore
 import evaluation
 import stages
 import train_memory_decoder as script
+import training
 from base_model import DEMO_MODEL, Literal
 from corpus import Corpus
-from datastore import knn_weights
 from memory_decoder import MemoryDecoder, read_manifest
 from texts import ORIGINAL, Template, encode_row, entries_of, windows_of
-from train_memory_decoder import Batches, Options, epoch_batches, parse_options
+from train_memory_decoder import Options, parse_options
 
 ARTEFACTS = {"memory_decoder.pt", "faiss_index.bin", "datastore_values.npy", "datastore_entries.npz", "examples.jsonl",
              "config.json", "metrics.json", "report.md", "loss_curve.png", "alpha_sweep.png", "held_out.jsonl"}
@@ -166,8 +166,8 @@ def test_training_in_mixed_precision_learns_and_keeps_its_weights_in_float32(fas
 
 def test_the_loss_is_kl_and_cross_entropy_in_the_share_asked_for_and_votes_have_the_temperature_asked_for(
         six_rows, train, tmp_path, monkeypatch):
-    temperatures, real = [], script.Batches.__init__
-    monkeypatch.setattr(script.Batches, "__init__", lambda self, *a: temperatures.append(a[3]) or real(self, *a))
+    temperatures, real = [], training.Batches.__init__
+    monkeypatch.setattr(training.Batches, "__init__", lambda self, *a: temperatures.append(a[3]) or real(self, *a))
     other = train(tmp_path / "out", "--kl_weight", 0.2, "--knn_temperature", 3.5, "--num_epochs", 1)
     for folder, share in ((six_rows, 0.5), (other, 0.2)):
         for _, loss, kl, ce in losses(folder):
@@ -205,7 +205,7 @@ def start_of(base, trained, **options):
     """(decoder before training, stored keys, KL of its seen-token distribution to the base's, KL of a uniform one to it)."""
     keys = datastore.open_keys(next(trained.glob("stages/datastore-*/keys.f16")), base.width)
     entries = entries_of(windows_of(base, stored_rows(trained), TEMPLATE, 96))
-    decoder = script.make_decoder(Options(decoder_dim=32, **options), base, keys, entries)
+    decoder = training.make_decoder(Options(decoder_dim=32, **options), base, keys, entries)
     hidden = torch.from_numpy(keys[::20].astype(np.float32))
     with torch.no_grad():
         own = torch.log_softmax(decoder.eval().output_projection(decoder.features(hidden[None])[0]), -1)
@@ -389,50 +389,3 @@ def test_explicit_flags_win_over_demo_and_original_wherever_they_stand(flags):
         assert (options.decoder_lr, options.context, options.norm, options.max_length) == (0.5, 7, "pre", 99)
         assert (options.output_dir, options.knn_temperature) == ("mine", 3)
         assert options.head_init == ("random" if "--original" in flags else "base")
-
-
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (37, 4), (129, 4), (1000, 7), (64, 1)])
-def test_every_window_is_visited_once_an_epoch(count, batch_size):
-    lengths = np.random.default_rng(0).integers(8, 96, count)
-    for epoch in range(3):
-        batches = epoch_batches(lengths, batch_size, 0, epoch)
-        assert sorted(n for batch in batches for n in batch) == list(range(count))
-        assert max(map(len, batches)) <= batch_size
-
-
-def test_epochs_differ_and_one_seed_gives_one_order():
-    lengths = np.random.default_rng(0).integers(8, 96, 200)
-    orders = [np.concatenate(epoch_batches(lengths, 8, *which)).tolist() for which in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 1))]
-    assert len({tuple(order) for order in orders}) == 4
-    assert orders[3] == orders[4]
-
-
-@pytest.mark.parametrize(("known", "fresh", "again"), [(100, 10, 10 * script.REPLAYED), (10, 30, 10)])
-def test_a_pass_over_added_text_has_all_of_it_and_a_changing_share_of_the_old(known, fresh, again):
-    lengths = np.random.default_rng(0).integers(8, 96, known + fresh)
-    passes = [np.concatenate(epoch_batches(lengths, 8, 0, epoch, known)).tolist() for epoch in range(2)]
-    for order in passes:
-        assert len(set(order)) == len(order) == again + fresh and set(range(known, known + fresh)) <= set(order)
-    assert (again == known) == (set(passes[0]) == set(passes[1]))
-
-
-def test_windows_of_like_length_share_a_batch():
-    lengths = np.random.default_rng(0).integers(8, 512, 512)
-    padded = sum(len(batch) * lengths[batch].max() for batch in epoch_batches(lengths, 16, 0, 0))
-    shuffled = np.random.default_rng(1).permutation(lengths).reshape(-1, 16)
-    assert padded < 1.1 * lengths.sum() < (16 * shuffled.max(1)).sum()
-
-
-def test_a_batch_names_tokens_by_their_places_among_those_seen(trained, base):
-    entries = entries_of(windows_of(base, stored_rows(trained), TEMPLATE, 96))
-    keys = datastore.open_keys(next(trained.glob("stages/datastore-*/keys.f16")), base.width)
-    neighbours, seen = next(trained.glob("stages/neighbours-*")), np.unique(entries.values)
-    numbers = [3, 0, 7]
-    hidden, real, tokens, weights, targets = Batches(keys, entries, neighbours, 2.0, seen)(numbers, "cpu")
-    rows = np.concatenate([np.arange(entries.offsets[b], entries.offsets[b + 1]) for b in numbers])
-    found = np.load(neighbours / "neighbours_I.npy")[rows]
-    assert real.sum() == len(rows) and real.sum(1).tolist() == [entries.offsets[b + 1] - entries.offsets[b] for b in numbers]
-    assert (hidden[real].numpy() == keys[rows].astype(np.float32)).all()
-    assert (seen[targets] == entries.values[rows]).all() and (seen[tokens] == entries.values[found]).all()
-    np.testing.assert_allclose(weights, knn_weights(np.load(neighbours / "neighbours_D.npy")[rows], 2.0), rtol=1e-5)
-    assert weights.sum(1).numpy() == pytest.approx(1, abs=1e-5) and weights.std() > 0.01
