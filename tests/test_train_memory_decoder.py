@@ -23,6 +23,7 @@ from runs import command_line, contents, entry_places, jsonl, losses, stored_row
 import app
 import datastore
 import evaluation
+import index
 import stages
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, Literal
@@ -275,11 +276,11 @@ def test_another_learning_rate_keeps_datastore_index_and_neighbours(earlier, rer
 
 def test_a_rerun_with_less_free_memory_keeps_the_index_it_has(train, tmp_path, monkeypatch):
     # The limits are scaled down so that a few thousand entries lie on either side of them.
-    monkeypatch.setattr(datastore, "FLAT_LIMIT", 100)
+    monkeypatch.setattr(index, "FLAT_LIMIT", 100)
     chosen = []
 
     def choose(entries, width, memory):
-        chosen.append(datastore.choose_index(entries, width, memory // 10_000))
+        chosen.append(index.choose_index(entries, width, memory // 10_000))
         return chosen[-1]
     monkeypatch.setattr(stages, "choose_index", choose)
     for gib in (8, 2):
