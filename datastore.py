@@ -1,10 +1,11 @@
-"""Entries, their FAISS index, neighbour search and kNN distributions.
+"""Entries, neighbour search and kNN distributions.
 
 An entry is one (key, value) pair: the base model's hidden state at one position of one example, and
 the token that comes next. Letters: N entries, H key width, K neighbours, Q queries, B windows,
 T positions. D and I are distances and entry ids, as faiss names them.
 """
 
+import bisect
 import json
 from pathlib import Path
 
@@ -13,15 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from index import centred, inverted_lists
 from sources.rows import Example
-from support.command import UserError, one_line
+from support.command import UserError
 from support.shards import Shards, write_rows, writing_at
 
-FLAT_LIMIT = 50_000  # entries up to which exact search is quick enough on two cores
-PROBED = 64  # a search reads one in this many inverted lists
 SEARCH_CHUNK = 8192  # queries in one faiss call
 SHARD_BATCHES = 8  # batches that the base reads before progress is noted
 FOUND_AT_ONCE = 2_000_000  # neighbours that one call may find, at about 60 bytes each
+CANDIDATES = 4  # for each neighbour, so many are fetched from a lossy index and ranked again by their keys
+SAMPLE = 512  # stored entries whose exact neighbours tell the recall of an index
 
 
 def hidden_batches(base, windows, batch_size):
@@ -56,56 +58,6 @@ def write_keys(base, windows, offsets, path, batch_size, known=0, rank=0, world=
 
 def open_keys(path, width):
     return np.memmap(path, dtype=np.float16, mode="r").reshape(-1, width)
-
-
-def grow_index(path, keys, first, mean):
-    """The faiss index in the file `path`, after adding the keys (N, H) from `first` on."""
-    index = faiss.read_index(str(path))
-    for i in range(first, len(keys), 65536):
-        index.add(keys[i:i + 65536].astype(np.float32) - mean)
-    return index
-
-
-def choose_index(entries, width, memory):
-    """A faiss factory string: exact search while it is quick, then inverted lists, then also PCA and 8-bit numbers.
-
-    memory: bytes that the index may take.
-    """
-    if entries <= FLAT_LIMIT:
-        return "Flat"
-    lists = int(4 * entries**0.5)
-    if 2 * entries * width <= memory:
-        return f"IVF{lists},SQfp16"
-    return f"PCA{min(width, 256)},IVF{lists},SQ8"
-
-
-def build_index(keys, factory, seed=0):
-    """(index, mean): a faiss index over keys (N, H) minus their mean.
-
-    Without the mean, faiss's batched |q|^2 - 2qx + |x|^2 stays exact in float32. L2 distances do not change.
-    Raises UserError for a factory string that faiss does not know or cannot train.
-    """
-    chunks = range(0, len(keys), 65536)
-    mean = sum(keys[i:i + 65536].astype(np.float32).sum(0, dtype=np.float64) for i in chunks) / len(keys)
-    mean = mean.astype(np.float32)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        index = faiss.index_factory(keys.shape[1], factory)
-        lists = 256
-        if "IVF" in factory:
-            ivf = faiss.extract_index_ivf(index)
-            lists, ivf.cp.niter = ivf.nlist, 8
-            ivf.nprobe = max(8, lists // PROBED)
-        if not index.is_trained:
-            picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:max(40 * lists, 20_000)])
-            sample = keys[picks].astype(np.float32)
-            sample -= mean
-            index.train(sample)
-        for i in tqdm(chunks, desc="index", unit="chunk"):
-            index.add(keys[i:i + 65536].astype(np.float32) - mean)
-    except RuntimeError as error:
-        raise UserError(f"faiss cannot build the index {factory!r}: {one_line(error)}") from None
-    return index, mean
 
 
 def seen_tokens(entries):
@@ -145,13 +97,17 @@ def read_examples(path):
 class Datastore:
     """The entries and their index. Searches by hidden state, and knows the text that each entry comes from."""
 
-    def __init__(self, index, mean, values, example, position, examples):
-        self.index, self.mean, self.values = index, mean, values
+    def __init__(self, index, mean, values, example, position, examples, keys=None):
+        """keys (N, H): those of a lossy index. Its candidates are then ranked again by their exact distances."""
+        self.index, self.mean, self.values, self.keys = index, mean, values, keys
         self.example, self.position, self.examples = example, position, examples
 
     @classmethod
     def open(cls, folder):
-        """Open what training wrote. The caller must have checked the files against the manifest."""
+        """Open what training wrote. The caller must have checked the files against the manifest.
+
+        The keys are not among these files, so the distances are the index's own. Those of a lossy index are approximate.
+        """
         folder = Path(folder)
         with np.load(folder / "datastore_entries.npz", allow_pickle=False) as entries:
             example, position, mean = entries["example"], entries["position"], entries["mean"]
@@ -162,23 +118,36 @@ class Datastore:
     def __len__(self):
         return len(self.values)
 
-    def search(self, queries, k, without=None):
+    def search(self, queries, k):
         """Squared L2 distances D (Q, K), ascending, and entry ids I (Q, K) of the nearest entries.
 
-        queries (Q, H). without: an example whose entries are skipped, for an exact index only. Where an approximate index
-        finds fewer than k, D is inf and I is -1.
+        queries (Q, H). Where an approximate index finds fewer than k, D is inf and I is -1.
         """
+        return self._ranked(queries, *self.search_index(queries, self._candidates(k)), k)
+
+    def search_index(self, queries, k, without=None):
+        """Like search, with the distances of the index. without: an example whose entries are skipped, for an exact index only."""
         queries = np.asarray(queries, np.float32) - self.mean
         # For a few queries one thread is faster than several, which must first synchronise.
         faiss.omp_set_num_threads(1 if len(queries) < 16 else torch.get_num_threads())
         others = None if without is None else faiss.IDSelectorBitmap(np.packbits(self.example != without, bitorder="little"))
         D, I = self.index.search(queries, k, params=faiss.SearchParameters(sel=others) if others else None)
         D = np.where(I < 0, np.inf, np.maximum(D, 0))
-        order = np.argsort(D, axis=1, kind="stable")  # some builds return unsorted lists
-        return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
+        return smallest(D, I, k)  # some builds return unsorted lists
+
+    def _candidates(self, k):
+        return k if self.keys is None else CANDIDATES * k
+
+    def _ranked(self, queries, D, I, k):
+        """The k nearest among the candidates D, I (Q, C), by their keys if the store has them."""
+        return (D, I) if self.keys is None else smallest(key_distances(self.keys, queries, I), I, k)
 
     def search_others(self, queries, example, k):
         """Like search, but each query leaves out the entries of its own example (Q,)."""
+        return self._ranked(queries, *self._others(queries, example, self._candidates(k)), k)
+
+    def _others(self, queries, example, k):
+        """The search of the index for search_others."""
         D = np.full((len(queries), k), np.inf, np.float32)
         I = np.full((len(queries), k), -1, np.int64)
         few = np.full(len(queries), k + k // 2 + 8)  # mostly enough; k plus all of its own entries always is
@@ -187,7 +156,7 @@ class Datastore:
         # Faiss skips entries one by one, which pays only for an example with more than half of all entries.
         most = (own[left] > len(self) / 2) & isinstance(self.index, faiss.IndexFlat)
         if most.any():
-            D[left[most]], I[left[most]] = self.search(queries[left[most]], k, example[left[most]][0])
+            D[left[most]], I[left[most]] = self.search_index(queries[left[most]], k, example[left[most]][0])
         left = left[~most][np.argsort(own[left[~most]], kind="stable")]
         self._fill_others(left, k + own, queries, example, D, I)
         return D, I
@@ -200,7 +169,7 @@ class Datastore:
             here = here[:max(1, FOUND_AT_ONCE // int(fetch[here].max()))]
             first += len(here)
             count = min(len(self), int(fetch[here].max()))
-            found_D, found_I = self.search(queries[here], count)
+            found_D, found_I = self.search_index(queries[here], count)
             other = (found_I >= 0) & (self.example[found_I] != example[here, None])
             rank = np.cumsum(other, axis=1)
             row, column = np.nonzero(other & (rank <= k))
@@ -209,18 +178,81 @@ class Datastore:
             lacking.append(here[(rank[:, -1] < k) & (found_I[:, -1] >= 0) & (count < len(self))])
         return np.concatenate(lacking) if lacking else numbers
 
-    def recall(self, keys, k, sample=200, seed=0):
-        """Share of the exact k nearest entries that the index finds, over a sample of the stored keys (N, H)."""
-        picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:sample])
-        queries = keys[picks].astype(np.float32)
-        exact = faiss.ResultHeap(len(queries), k)
-        for i in range(0, len(keys), 65536):
-            chunk = keys[i:i + 65536].astype(np.float32) - self.mean
-            D, I = faiss.knn(queries - self.mean, chunk, min(k, len(chunk)))
-            exact.add_result(D, I + i)
-        exact.finalize()
-        _, I = self.search(queries, k)
-        return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(exact.I, I, strict=True)]))
+    def recall(self, keys, picks, exact):
+        """Share of the exact neighbours' ids exact (Q, K) that a search for the stored entries picks (Q,) finds.
+
+        An entry no farther than the last exact one counts too, since equal keys may change places. keys (N, H).
+        """
+        queries, k = keys[picks], exact.shape[1]
+        _, found = self.search_others(queries, self.example[picks], k)
+        farthest = key_distances(keys, queries, exact).max(1, keepdims=True)
+        return float((key_distances(keys, queries, found) <= farthest * (1 + 1e-5)).mean())
+
+    def tune(self, keys, k, recall, seed=0):
+        """Let a search read the fewest inverted lists (nprobe) that reach a recall@k, over a sample of the stored keys (N, H).
+
+        Returns (recall with these, recall with all lists). If all do not reach it, the fewest with that share of what all
+        find are read. A recall of 1 reads all, which no sample can replace. An index without inverted lists stays as it is.
+        """
+        picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:SAMPLE])
+        _, exact = exact_neighbours(keys, picks, self.example, self.mean, k)
+        ivf = inverted_lists(self.index)
+        if ivf is None:
+            return (self.recall(keys, picks, exact),) * 2
+
+        def found(lists):
+            ivf.nprobe = lists
+            return self.recall(keys, picks, exact)
+
+        most = found(ivf.nlist)
+        if recall < 1:
+            wanted = recall if most >= recall else recall * most
+            return found(fewest(lambda lists: found(lists) >= wanted, ivf.nlist)), most
+        return most, most
+
+
+def fewest(enough, most):
+    """The smallest number from 1 to `most` that is enough, if more is always enough too. Otherwise `most`."""
+    high = 1
+    while high < most and not enough(high):
+        high = min(2 * high, most)
+    low = high // 2 + 1
+    return low + bisect.bisect_left(range(low, high), True, key=enough)
+
+
+def smallest(D, I, k):
+    """D, I (Q, K): the k smallest distances of each row of D, I (Q, C), ascending."""
+    order = np.argsort(D, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
+
+
+def key_distances(keys, queries, I):
+    """Squared L2 distances (Q, C) in float32 between queries (Q, H) and the keys of the entries I (Q, C). Where I is -1, inf."""
+    D, rows = np.empty(I.shape, np.float32), max(1, 2**18 // (I.shape[1] * keys.shape[1]))  # a block stays in the cache
+    for i in range(0, len(I), rows):
+        apart = keys[I[i:i + rows]].astype(np.float32)
+        apart -= queries[i:i + rows, None]
+        D[i:i + rows] = np.einsum("qch,qch->qc", apart, apart)
+    D[I < 0] = np.inf
+    return D
+
+
+def exact_neighbours(keys, picks, example, mean, k, device="cpu"):
+    """D, I (Q, K) of the nearest entries of other examples to the stored entries picks (Q,), by comparing with all keys (N, H).
+
+    example (N,). device: where torch multiplies and sorts.
+    """
+    queries = torch.from_numpy(keys[picks].astype(np.float32) - mean).to(device)
+    own, lengths = torch.from_numpy(example[picks]).to(device), queries.square().sum(1, keepdim=True)
+    D, I = torch.full((len(picks), k), torch.inf, device=device), torch.full((len(picks), k), -1, device=device)
+    for i, chunk in centred(keys, mean):
+        chunk = torch.from_numpy(chunk).to(device)
+        new = torch.addmm(lengths + chunk.square().sum(1), queries, chunk.T, alpha=-2)
+        new[own[:, None] == torch.from_numpy(example[i:i + len(chunk)]).to(device)] = torch.inf
+        new, place = new.topk(min(k, len(chunk)), largest=False)
+        D, order = torch.cat([D, new], 1).topk(k, largest=False)
+        I = torch.cat([I, place + i], 1).gather(1, order)
+    return D.clamp_min(0).cpu().numpy(), I.cpu().numpy()
 
 
 def find_neighbours(store, keys, k, folder, earlier=None, rank=0, world=1):
@@ -246,13 +278,10 @@ def find_neighbours(store, keys, k, folder, earlier=None, rank=0, world=1):
 
 def nearer(D, I, queries, new, mean, first):
     """D, I (Q, K) of the K nearest among neighbours D, I (Q, K) and new keys (M, H) of other examples, numbered from `first`."""
-    queries, K = queries.astype(np.float32) - mean, D.shape[1]
-    for i in range(0, len(new), 65536):
-        chunk = new[i:i + 65536].astype(np.float32) - mean
-        new_D, new_I = faiss.knn(queries, chunk, min(K, len(chunk)))
-        D, I = np.concatenate([D, np.maximum(new_D, 0)], 1), np.concatenate([I, new_I + first + i], 1)
-        order = np.argsort(D, axis=1, kind="stable")[:, :K]
-        D, I = np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)
+    queries, k = queries.astype(np.float32) - mean, D.shape[1]
+    for i, chunk in centred(new, mean):
+        new_D, new_I = faiss.knn(queries, chunk, min(k, len(chunk)))
+        D, I = smallest(np.concatenate([D, np.maximum(new_D, 0)], 1), np.concatenate([I, new_I + first + i], 1), k)
     return D, I
 
 

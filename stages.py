@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from importlib.metadata import version
@@ -18,13 +17,15 @@ import torch
 
 from base_model import file_checksum
 from corpus import HELD_OUT
-from datastore import FLAT_LIMIT, FOUND_AT_ONCE, PROBED, SEARCH_CHUNK, choose_index
+from datastore import FOUND_AT_ONCE, SEARCH_CHUNK
 from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
+from index import FLAT_LIMIT, choose_index, index_bytes, training_keys
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from support.command import UserError
 from support.machine import fast_bfloat16, free_memory
 from support.shards import write_atomically
 
+PROBED = 64  # about one inverted list in so many is read to reach the usual recall
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in inverted lists of fp16 numbers
 NEW_MANIFEST = "config.json.part"
 SCORING_SECONDS = 25e-9  # for one token's logit, under everything that is compared
@@ -73,7 +74,7 @@ class Stages:
                      for template in corpus.templates(base)]
         self.datastore = Stage(root, "datastore", [base.fingerprint, str(base.model.dtype), digest(corpus.examples), templates,
                                                    values("max_length", "positions")])
-        self.index = Stage(root, "index", [values("index", "seed"), grown_from], self.datastore)
+        self.index = Stage(root, "index", [values("index", "recall", "k", "seed"), grown_from], self.datastore)
         self.neighbours = Stage(root, "neighbours", values("k"), self.index)
         self.decoder = Stage(root, "decoder", ["seen tokens, backoff for the others", values(
             "decoder_dim", "context", "norm", "head_init", "dropout", "num_epochs", "decoder_lr", "weight_decay", "batch_size",
@@ -160,17 +161,10 @@ def held_memory():
     return psutil.Process().memory_info().rss
 
 
-def index_bytes(base, entries, factory):
-    """Bytes of a faiss index over this many entries."""
-    reduced = re.search(r"(?:PCA|OPQ\d+_)(\d+)", factory)
-    width = {"Flat": 4, "SQfp16": 2}.get(factory.split(",")[-1], 1) * (int(reduced[1]) if reduced else base.width)
-    return entries * (width + 8)
-
-
 def estimate_disk(options, base, entries, seen, factory):
     """Bytes of disk of all stages: keys, the index in its stage and published, neighbours, decoders and checkpoint."""
     weights = 4 * decoder_weights(options, base, seen)  # three copies; the checkpoint, with Adam's two, is gone before the third
-    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(base, entries, factory) + 4 * weights
+    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(entries, base.width, factory) + 4 * weights
 
 
 def decoder_weights(options, base, seen):
@@ -187,7 +181,8 @@ def estimate_memory(options, base, entries, seen, factory):
                 + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))
     scoring = 6 * 4 * LOGITS_AT_ONCE // 4
     searching = 60 * FOUND_AT_ONCE + 3 * 4 * SEARCH_CHUNK * base.width
-    return index_bytes(base, entries, factory) + max(learning, scoring, searching)
+    building = 6 * base.width * training_keys(entries, factory)  # in half and in full precision, while the index is empty
+    return max(building, index_bytes(entries, base.width, factory) + max(learning, scoring, searching))
 
 
 def timed(work):

@@ -30,16 +30,15 @@ from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, pick_device
 from corpus import HELD_OUT, Corpus
 from datastore import (
     Datastore,
-    build_index,
     copy_keys,
     default_temperature,
     find_neighbours,
-    grow_index,
     open_keys,
     write_examples,
     write_keys,
 )
 from earlier import Claim, Earlier, earlier_options
+from index import build_index, grow_index, inverted_lists, is_exact
 from memory_decoder import MemoryDecoder, check_heads
 from stages import Stages, plan, publish
 from support import command
@@ -74,6 +73,7 @@ class Options:
     positions: str = option("all", "'all' positions become entries, or the 'last' of each row", choices=["all", "last"])
     k: int = option(32, "neighbours per entry (the original's K)")
     index: str = option("auto", "faiss factory string, e.g. Flat or IVF1024,SQfp16; auto chooses by size")
+    recall: float = option(0.95, "share of the K nearest that a search in inverted lists must find; 1 reads all lists")
     knn_temperature: float | None = option(None, "temperature of the kNN weights, in squared distance; inf: equal votes; "
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
@@ -108,6 +108,8 @@ class Options:
                 or not 0 <= self.dropout < 1 or not 0 < self.validation_fraction < 1:
             raise UserError("--decoder_lr must be above 0, --weight_decay at least 0, --kl_weight from 0 to 1, --dropout from 0 "
                             "to below 1, and --validation_fraction between 0 and 1.")
+        if not 0 < self.recall <= 1:
+            raise UserError(f"--recall must be above 0 and at most 1, not {self.recall}.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}.")
         pick_device(self.device)
@@ -147,33 +149,50 @@ def build_datastore(options, base, corpus, windows, entries, stage, earlier, acc
     return open_keys(stage / "keys.f16", base.width)
 
 
+def make_index(options, keys, entries, factory, stage, grown, earlier):
+    """Stage 2: the index with a number of probed lists that reaches --recall, and the entries."""
+    if stage.begin():
+        write_atomically(stage / "factory.txt", factory)
+        if grown and (grown[0] / "factory.txt").read_text() == factory:
+            index, mean = grow_index(grown[0] / "faiss_index.bin", keys, len(earlier.example), earlier.mean), earlier.mean
+        else:
+            index, mean = build_index(keys, factory, options.seed)
+        np.savez(stage / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
+        found, most = store_of(index, keys, entries, None, factory, stage).tune(keys, options.k, options.recall, options.seed)
+        faiss.write_index(index, str(stage / "faiss_index.bin"))
+        lists = inverted_lists(index)
+        stage.finish(recall=found, most=most, nprobe=lists and lists.nprobe, lists=lists and lists.nlist)
+    facts, more = stage.facts, ""
+    if facts["lists"]:
+        more = f", reads {facts['nprobe']} of {facts['lists']} inverted lists"
+        more += f"; all find {facts['most']:.3f}, less than --recall {options.recall:g}" * (facts["most"] < options.recall)
+    print(f"index: recall@{options.k} against exact search {facts['recall']:.3f}{more}", flush=True)
+
+
+def store_of(index, keys, entries, examples, factory, stage):
+    """The Datastore of an index. One that does not hold whole keys gets those on disk."""
+    mean = np.load(stage / "datastore_entries.npz", allow_pickle=False)["mean"]
+    keys = None if is_exact(factory) else keys
+    return Datastore(index, mean, entries.values, entries.example, entries.position, examples, keys)
+
+
 def build_neighbours(options, keys, entries, examples, factory, stages, accelerator, earlier=None):
     """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore.
 
     The first process builds the index. All search a share. earlier: the memory whose entries come first among these.
     """
     grown = earlier.found("index", "neighbours") if earlier else None
-    if begin_together(stages.index) and accelerator.is_main_process:
-        write_atomically(stages.index / "factory.txt", factory)
-        if grown and (grown[0] / "factory.txt").read_text() == factory:
-            index, mean = grow_index(grown[0] / "faiss_index.bin", keys, len(earlier.example), earlier.mean), earlier.mean
-        else:
-            index, mean = build_index(keys, factory, options.seed)
-        faiss.write_index(index, str(stages.index / "faiss_index.bin"))
-        np.savez(stages.index / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
-        stages.index.finish()
+    if accelerator.is_main_process:
+        make_index(options, keys, entries, factory, stages.index, grown, earlier)
     accelerator.wait_for_everyone()
     index = faiss.read_index(str(stages.index / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
-    mean = np.load(stages.index / "datastore_entries.npz", allow_pickle=False)["mean"]
-    store = Datastore(index, mean, entries.values, entries.example, entries.position, examples)
+    store = store_of(index, keys, entries, examples, factory, stages.index)
     if begin_together(stages.neighbours):
         find_neighbours(store, keys, options.k, stages.neighbours.path, grown and grown[1], accelerator.process_index,
                         accelerator.num_processes)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            stages.neighbours.finish(recall=store.recall(keys, options.k))
-    if accelerator.is_main_process:
-        print(f"neighbours: recall@{options.k} against exact search {stages.neighbours.facts['recall']:.3f}", flush=True)
+            stages.neighbours.finish()
     return store
 
 
@@ -213,7 +232,8 @@ def make_report(options, base, store, held, held_windows, stages, factory, accel
         seconds["report"] = round(time.monotonic() - stages.report.began, 3)
         metrics = evaluation.summarise(scores, own, temperature) | {
             "scale": float(decoder.scale), "backoff": float(decoder.backoff), "seen_tokens": len(decoder.seen),
-            "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.neighbours.facts["recall"],
+            "entries": len(store), "k": options.k, "index": factory, "index_recall": stages.index.facts["recall"],
+            "index_nprobe": stages.index.facts["nprobe"],
             "training_knn_temperature": str(trained_with) if math.isinf(trained_with) else trained_with, "seconds": seconds,
             "resumed": [stage.name for stage in before if stage.facts.get("resumed")],
             "peak_memory_bytes": evaluation.peak_memory(), "losses": stages.decoder.facts["losses"]}

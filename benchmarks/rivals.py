@@ -15,8 +15,9 @@ import rules
 import train_memory_decoder as script
 import training
 import tuned
-from datastore import Datastore, build_index, open_keys
+from datastore import Datastore, open_keys
 from generation import KNN, Evidence, MemoryAugmentedLM, Settings, blend, opinions
+from index import build_index
 from memory_decoder import MemoryDecoder
 from texts import entries_of
 

@@ -1,5 +1,6 @@
 """The rivals in benchmarks/ on a tiny model: each fast way against a slow twin, and the table that they fill."""
 
+import json
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ import torch
 from conftest import ROOT, ROWS, make_decoder
 
 import evaluation
-from datastore import Datastore, build_index
+from datastore import Datastore
+from index import build_index
 from texts import Template, encode_row, entries_of, windows_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import answers
 import compare
+import neighbours
 import retrieval
 import rivals
 import rules
@@ -149,3 +152,25 @@ def test_knn_scores_are_those_of_the_report_at_its_own_settings(base, windows):
     ours = [2 * len(retrieval.FACTORS) + retrieval.FACTORS.index(factor) for factor in shared]
     assert len(shared) > 3 and np.isfinite(told).any()
     assert np.exp(table[:len(hidden), ours]) == pytest.approx(np.exp(told[:, np.isin(evaluation.TEMPERATURES, shared)]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("index", "device"), [("IVF16,SQfp16", None), ("PCA16,IVF16,SQ8", "cpu")])
+def test_the_speed_of_an_index_is_measured_at_the_recall_asked_for(index, device, tmp_path, capsys):
+    given = {"entries": 3000, "width": 24, "index": index, "recall": 0.9, "k": 8, "sample": 100, "work": tmp_path}
+    given |= {"device": device} if device else {}
+    neighbours.main([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    *_, heading, _, row, _, last = capsys.readouterr().out.strip().split("\n")
+    found = json.loads(last)
+    assert 0.8 < found["recall"] <= 1 and 1 <= found["nprobe"] < found["lists"] == 16
+    assert found["times_as_fast"] == pytest.approx(found["index_queries_a_second"] / found["exact_queries_a_second"])
+    assert row.startswith(f"| {index} | {found['nprobe']} of 16 | {found['recall']:.3f} |")
+    assert heading.count("|") == row.count("|") and found["exact_by"] in heading
+
+
+def test_clustered_keys_are_the_same_for_one_seed_and_near_others_of_their_cluster(tmp_path):
+    for name in "ab":
+        neighbours.write_clustered(tmp_path / name, 2000, 40, 3)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    keys = np.fromfile(tmp_path / "a", np.float16).reshape(2000, 40).astype(np.float32)
+    apart = np.sort(((keys[:100, None] - keys[None]) ** 2).sum(-1), 1)
+    assert np.median(apart[:, 1]) < 0.3 * np.median(apart[:, 1000])

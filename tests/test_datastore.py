@@ -1,5 +1,4 @@
-"""Keys, the index, neighbour search, kNN weights, seen tokens, and the stored rows."""
-
+"""Keys, neighbour search, kNN weights, seen tokens, and the stored rows."""
 
 import faiss
 import numpy as np
@@ -11,12 +10,9 @@ import datastore
 from base_model import BaseLM
 from datastore import (
     Datastore,
-    build_index,
-    choose_index,
     copy_keys,
     default_temperature,
     find_neighbours,
-    grow_index,
     hidden_batches,
     knn_weights,
     open_keys,
@@ -24,6 +20,7 @@ from datastore import (
     write_examples,
     write_keys,
 )
+from index import build_index, grow_index, inverted_lists
 from support.command import UserError
 from texts import Entries, Template, encode_row, entries_of, windows_of
 
@@ -110,7 +107,7 @@ def test_one_query_and_many_queries_find_the_same():
 def test_neighbours_leave_out_the_own_example_however_often_keys_repeat(factory):
     store, keys = random_store(factory=factory)
     if factory != "Flat":
-        faiss.extract_index_ivf(store.index).nprobe = 8
+        inverted_lists(store.index).nprobe = 8
     D, I = store.search_others(keys, store.example, 12)
     exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
     exact[store.example[:, None] == store.example[None]] = np.inf
@@ -123,11 +120,11 @@ def test_neighbours_leave_out_the_own_example_however_often_keys_repeat(factory)
 def test_an_example_that_is_much_of_the_text_takes_bounded_memory_and_finds_the_same(factory, most, monkeypatch):
     store, keys = random_store(factory=factory)
     if factory != "Flat":
-        faiss.extract_index_ivf(store.index).nprobe = 8
+        inverted_lists(store.index).nprobe = 8
     store.example[:most] = 99  # one row of so many entries, some of them equal to entries of others
-    sizes, real = [], store.search
+    sizes, real = [], store.search_index
     monkeypatch.setattr(datastore, "FOUND_AT_ONCE", 2000)
-    monkeypatch.setattr(store, "search", lambda queries, k, *more: sizes.append((len(queries), k)) or real(queries, k, *more))
+    monkeypatch.setattr(store, "search_index", lambda queries, k, *more: sizes.append((len(queries), k)) or real(queries, k, *more))
     D, I = store.search_others(keys, store.example, 12)
     exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
     exact[store.example[:, None] == store.example[None]] = np.inf
@@ -179,7 +176,7 @@ def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path,
 
 def test_neighbours_that_an_index_cannot_find_are_marked():
     store, keys = random_store(count=300, examples=2, factory="IVF32,Flat")
-    faiss.extract_index_ivf(store.index).nprobe = 1
+    inverted_lists(store.index).nprobe = 1
     D, I = store.search_others(keys, store.example, 100)
     assert (I < 0).any() and (np.isinf(D) == (I < 0)).all()
     assert np.isfinite(knn_weights(D, 1.0)).all()
@@ -212,10 +209,11 @@ def test_neighbour_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_an_approximate_index_finds_the_same_once_it_is_on_disk(factory, tmp_path):
     keys = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float16)
     index, mean = build_index(keys, factory)
+    inverted_lists(index).nprobe = 7
     values, example = np.arange(2000) % 100, np.arange(2000) // 20
     save_store(tmp_path, index, mean, values, example, np.arange(2000) % 20, [{"a": str(n)} for n in range(100)])
     made, opened = Datastore(index, mean, values, example, np.arange(2000) % 20, []), Datastore.open(tmp_path)
-    assert faiss.extract_index_ivf(opened.index).nprobe == faiss.extract_index_ivf(index).nprobe == 8
+    assert inverted_lists(opened.index).nprobe == 7
     queries = keys[::40].astype(np.float32) + np.random.default_rng(1).normal(0, 0.1, (50, 32))
     for search in (lambda store: store.search(queries, 9), lambda store: store.search_others(queries, np.arange(50) * 2, 9)):
         (D, I), (expected_D, expected_I) = search(opened), search(made)
@@ -223,26 +221,6 @@ def test_an_approximate_index_finds_the_same_once_it_is_on_disk(factory, tmp_pat
         assert np.array_equal(I, expected_I) and I.min() >= 0
     assert (opened.search(queries, 1)[1][:, 0] == np.arange(0, 2000, 40)).all()
     assert opened.example[40] == 2 and opened.examples[opened.example[40]].row == {"a": "2"}
-
-
-def test_recall_is_one_for_an_exact_index_and_less_for_a_coarse_one():
-    store, keys = random_store(count=2000)
-    coarse, _ = random_store(count=2000, factory="IVF64,Flat")
-    faiss.extract_index_ivf(coarse.index).nprobe = 1
-    assert store.recall(keys, 10) > 0.9  # equal keys may change places
-    assert coarse.recall(keys, 10) < store.recall(keys, 10)
-
-
-@pytest.mark.parametrize("factory", ["nonsense", "IVF100000,Flat"])
-def test_an_index_that_faiss_cannot_build_is_refused_in_words(factory):
-    with pytest.raises(UserError, match="faiss cannot build"):
-        build_index(np.zeros((50, 8), np.float16), factory)
-
-
-def test_the_index_gets_smaller_numbers_as_memory_gets_scarce():
-    assert choose_index(10_000, 256, 2**40) == "Flat"
-    assert choose_index(1_000_000, 256, 2**40) == "IVF4000,SQfp16"
-    assert choose_index(1_000_000, 2048, 2**30) == "PCA256,IVF4000,SQ8"
 
 
 def test_weights_are_a_softmax_of_negative_distances():

@@ -65,6 +65,7 @@ BAD = [
     (("--max_examples", 1), "too small"),
     (("--max_length", 513), "512 positions"),
     (("--seed", -1), "--seed"),
+    (("--recall", 0), "--recall must be above 0 and at most 1"), (("--recall", 1.1), "--recall"), (("--recall", "nan"), "--recall"),
     (("--index", "Nonsense7"), "Nonsense7"),
     (("--index", "IVF100000,Flat"), "IVF100000,Flat"),
     (("--device", "abacus"), "abacus"),

@@ -11,9 +11,10 @@ import torch
 from conftest import ROWS, examples, make_decoder, rows_of
 
 import evaluation
-from datastore import Datastore, build_index, hidden_batches, seen_tokens
+from datastore import Datastore, hidden_batches, seen_tokens
 from evaluation import ALPHAS, TEMPERATURES, mix_probabilities, score_positions, summarise, sweep_logits, write_report
 from generation import blend
+from index import build_index
 from memory_decoder import TrainingLoss
 from texts import Template, entries_of, windows_of
 

@@ -5,15 +5,14 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import faiss
 import numpy as np
 import pytest
 from conftest import ROWS, examples
 
-import datastore
+import index
 import stages
 from corpus import Corpus
-from stages import Stage, Stages, estimate_disk, estimate_memory, estimate_seconds, index_bytes, plan
+from stages import Stage, Stages, estimate_disk, estimate_memory, estimate_seconds, plan
 from support.command import UserError
 from texts import ORIGINAL, Template, entries_of, windows_of
 from train_memory_decoder import Options
@@ -22,7 +21,8 @@ from training import make_decoder
 NAMES = ["datastore", "index", "neighbours", "decoder", "report"]
 TEMPLATE = Template.parse(ORIGINAL)
 # The first stage of which an option is an input. Every other option is an input of the decoder's stage.
-FIRST = {"max_length": "datastore", "positions": "datastore", "index": "index", "seed": "index", "k": "neighbours"}
+FIRST = {"max_length": "datastore", "positions": "datastore", "index": "index", "recall": "index",
+         "k": "index", "seed": "index"}
 # These say where things are, or act only through the rows, the template and the model that they name.
 NO_INPUT = {"base_model", "dataset", "split", "template", "validation_dataset", "validation_split", "validation_fraction",
             "max_examples", "output_dir", "dtype", "device", "demo", "original", "add", "forget"}
@@ -193,8 +193,9 @@ def test_another_process_than_the_main_one_prints_and_refuses_nothing(planned, c
 
 
 def test_auto_gives_the_index_half_of_the_free_memory_and_keeps_a_choice_once_made(planned, windows, monkeypatch):
-    monkeypatch.setattr(datastore, "FLAT_LIMIT", 100)
-    enough = 2 * 2 * 32 * len(entries_of(windows).values)
+    monkeypatch.setattr(index, "FLAT_LIMIT", 100)
+    entries = len(entries_of(windows).values)
+    enough = 2 * index.index_bytes(entries, 32, f"IVF{int(4 * entries**0.5)},SQfp16")
     _, made, with_more = planned(memory=enough, is_main=False, index="auto")
     more = with_more()
     less = planned(memory=enough - 2, is_main=False, index="auto")[2]()
@@ -205,11 +206,9 @@ def test_auto_gives_the_index_half_of_the_free_memory_and_keeps_a_choice_once_ma
     assert planned(memory=enough - 2, is_main=False, index="auto", seed=1)[2]() == less  # another stage
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQfp16", "IVF16,SQ8", "PCA16,IVF16,SQ8"])
-def test_an_index_takes_about_the_bytes_that_were_estimated(factory):
-    keys = np.random.default_rng(0).standard_normal((20_000, 64)).astype(np.float16)
-    index, _ = datastore.build_index(keys, factory)
-    assert index_bytes(SimpleNamespace(width=64), len(keys), factory) == pytest.approx(len(faiss.serialize_index(index)), rel=0.1)
+def test_the_keys_that_an_index_is_trained_with_count_where_they_are_more_than_the_index(base):
+    few, many = (estimate_memory(Options(), base, 10**7, 100, f"IVF{lists},PQ1np") for lists in (1000, 250_000))
+    assert few < many == 6 * base.width * 10**7
 
 
 def test_all_that_a_run_writes_takes_about_the_disk_that_was_estimated(trained, base):

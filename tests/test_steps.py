@@ -10,8 +10,9 @@ from conftest import ROWS, SPECIAL, examples, make_decoder
 
 import generation
 from base_model import Literal
-from datastore import Datastore, build_index, hidden_batches
+from datastore import Datastore, hidden_batches
 from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings
+from index import build_index
 from support.command import UserError
 from texts import Template, entries_of, shared_prefix, windows_of
 

@@ -23,6 +23,7 @@ from runs import command_line, contents, entry_places, jsonl, losses, stored_row
 import app
 import datastore
 import evaluation
+import index
 import stages
 import train_memory_decoder as script
 import training
@@ -275,11 +276,11 @@ def test_another_learning_rate_keeps_datastore_index_and_neighbours(earlier, rer
 
 def test_a_rerun_with_less_free_memory_keeps_the_index_it_has(train, tmp_path, monkeypatch):
     # The limits are scaled down so that a few thousand entries lie on either side of them.
-    monkeypatch.setattr(datastore, "FLAT_LIMIT", 100)
+    monkeypatch.setattr(index, "FLAT_LIMIT", 100)
     chosen = []
 
     def choose(entries, width, memory):
-        chosen.append(datastore.choose_index(entries, width, memory // 10_000))
+        chosen.append(index.choose_index(entries, width, memory // 10_000))
         return chosen[-1]
     monkeypatch.setattr(stages, "choose_index", choose)
     for gib in (8, 2):
@@ -288,6 +289,19 @@ def test_a_rerun_with_less_free_memory_keeps_the_index_it_has(train, tmp_path, m
         if gib == 8:
             before = times(tmp_path / "out")
     assert times(tmp_path / "out") == before and chosen[0] != chosen[1]
+
+
+def test_a_lossy_index_tells_a_recall_out_of_reach_and_its_neighbours_have_exact_distances(six_rows, train, tmp_path, base, capsys):
+    folder = train(shutil.copytree(six_rows, tmp_path / "out"), "--index", "PCA8,IVF16,SQ8", "--recall", 0.9, "--num_epochs", 1)
+    found = re.search(r"recall@8 .* (.*), reads (.*) of 16 inverted lists; all find (.*), less than --recall 0.9\n",
+                      capsys.readouterr().out)
+    recall, lists, most = map(float, found.groups())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0.9 * most <= recall + 1e-3 <= most + 1e-3 and recall == round(metrics["index_recall"], 3)
+    assert index.inverted_lists(faiss.read_index(str(folder / "faiss_index.bin"))).nprobe == metrics["index_nprobe"] == lists
+    keys = datastore.open_keys(next(folder.glob("stages/datastore-*/keys.f16")), base.width).astype(np.float64)
+    D, I = (np.load(next(folder.glob(f"stages/neighbours-*/neighbours_{name}.npy"))) for name in "DI")
+    np.testing.assert_allclose(D, ((keys[:, None] - keys[I]) ** 2).sum(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("change", [("--max_length", 64), ("--max_examples", 5), ("--positions", "last", "--k", 2),
