@@ -17,7 +17,7 @@ import torch
 import evaluation
 from base_model import BaseLM
 from datastore import Datastore, knn_weights
-from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Settings, token_bytes
+from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Reading, Settings, token_bytes
 from memory_decoder import MemoryDecoder
 from support.command import UserError, whole_text
 from texts import Template, Window, encode_row, encode_to_end, shared_prefix
@@ -46,6 +46,7 @@ class Answer:
     tokens: list = field(default_factory=list)
     states: dict = field(default_factory=dict)  # token number -> query state (H,), until its neighbours are found
     seconds: float = 0.0
+    reading: Reading | None = None  # what has been read of the conversation so far
 
     @property
     def text(self):
@@ -136,7 +137,7 @@ class Chat:
         """Yield the answer after each token that is added to it. first: the id of the first one, if it is not to be sampled."""
         prompt = self.prompt(answer.question, answer.turns, answer.max_new_tokens)
         kept = [token["id"] for token in answer.tokens]
-        for step in self.model.stream(prompt, answer.settings, answer.max_new_tokens, answer.seed, kept, first):
+        for step in self.model.stream(prompt, answer.settings, answer.max_new_tokens, answer.seed, kept, first, answer.reading):
             answer.states[len(answer.tokens)] = step.hidden
             answer.tokens.append(self.token(step))
             answer.seconds += step.seconds

@@ -61,10 +61,54 @@ class Evidence:
     MOST = 5.0  # nats at which one token's difference is clipped
 
     def __init__(self):
-        self.means = np.zeros(3)
+        self.means, self.gains = np.zeros(3), []
 
     def add(self, gain):
+        self.gains.append(gain)
         self.means = self.DECAYS * self.means + (1 - self.DECAYS) * min(max(gain, -self.MOST), self.MOST)
+
+    def cut(self, count):
+        """Forget all but the first `count` tokens."""
+        gains = self.gains[:count]
+        self.__init__()
+        for gain in gains:
+            self.add(gain)
+
+
+class Reading:
+    """What base and memory have read of one conversation, so that its next question is not read from the beginning.
+
+    ids: the tokens read. evidence: of these tokens, where it is weighed.
+    """
+
+    def __init__(self, base):
+        self.base = base
+        self.forget(None)
+
+    def forget(self, kind):
+        """Have read nothing yet. kind: what the caches hold, since texts read in another way cannot go on from them."""
+        self.kind, self.ids, self.evidence = kind, [], Evidence()
+        self.cache, self.memory_cache = self.base.new_cache(), DecoderCache()
+
+    def begin(self, ids, header, kind):
+        """Keep what was read and is in ids too, but for its last token. Returns how many tokens that is.
+
+        header: leading ids that the memory does not read.
+        """
+        kept = min(shared_prefix(ids, self.ids), len(ids)) - 1
+        # A read that failed has left the caches longer than ids.
+        if kept <= header or kind != self.kind or self.cache.get_seq_length() != len(self.ids):
+            self.forget(kind)
+            return 0
+        try:
+            self.cache.crop(kept - len(self.ids))
+        except RuntimeError:  # a sliding window that is full has dropped what it would need to go back
+            self.forget(kind)
+            return 0
+        self.memory_cache.cut(kept - header)
+        self.evidence.cut(kept - header)  # also of the token that is read again
+        self.ids = self.ids[:kept]
+        return kept
 
 
 class Gate:
@@ -143,28 +187,31 @@ class MemoryAugmentedLM:
         return min(shared_prefix(ids, self.header), len(ids) - 1)
 
     @torch.no_grad()
-    def steps(self, ids, evidence=None, search=None):
+    def steps(self, ids, reading=None, weigh=False, search=None):
         """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)). send() it each next token id.
 
-        Each token takes one forward pass of the base and one of the decoder, both cached. evidence: updated with every token.
-        search: a function from a hidden state to the memory's log probabilities, used in place of the decoder.
+        Each token takes one forward pass of the base and one of the decoder, both cached. reading: what was read before, if
+        anything. It goes on from there. weigh: keep its evidence. search: a function from a hidden state to the memory's log
+        probabilities, used in place of the decoder.
         """
-        cache, memory_cache = self.base.new_cache(), DecoderCache()
-        new, skip = torch.tensor([ids]), self.skipped(ids)
+        reading, header = reading or Reading(self.base), self.skipped(ids)
+        kept = reading.begin(ids, header, (weigh, search is not None))
+        new, skip = ids[kept:], max(0, header - kept)
         while True:
-            hidden = self.base.hidden(new, cache)[0, skip:]
+            hidden = self.base.hidden(torch.tensor([new]), reading.cache)[0, skip:]
             base_logits = self.base.logits(hidden[-1])
             if search:
                 memory = search(hidden[-1])
             else:
-                features = self.decoder.features(hidden[None].float(), memory_cache)[0]
+                features = self.decoder.features(hidden[None].float(), reading.memory_cache)[0]
                 memory = self.decoder.log_probabilities(features[-1], base_logits)
-                if evidence is not None:
-                    self.weigh(hidden[:-1], features[:-1], new[0, skip + 1:], evidence)
+                if weigh:
+                    self.weigh(hidden[:-1], features[:-1], torch.tensor(new[skip + 1:]), reading.evidence)
+            reading.ids += new
             token = yield hidden[-1], base_logits, memory
-            if evidence is not None:
-                evidence.add(float(memory[token] - torch.log_softmax(base_logits, -1)[token]))
-            new, skip = torch.tensor([[token]]), 0
+            if weigh:
+                reading.evidence.add(float(memory[token] - torch.log_softmax(base_logits, -1)[token]))
+            new, skip = [token], 0
 
     def search(self, hidden, settings):
         """Log probabilities (V,) of the kNN distribution at a hidden state (H,); -inf where no neighbour votes."""
@@ -184,27 +231,27 @@ class MemoryAugmentedLM:
                 evidence.add(gain)
 
     @torch.no_grad()
-    def stream(self, prompt, settings=None, max_new_tokens=200, seed=None, kept=(), first=None):
+    def stream(self, prompt, settings=None, max_new_tokens=200, seed=None, kept=(), first=None, reading=None):
         """Yield a Step for each token that continues `prompt`, up to an end token, a stop text or max_new_tokens.
 
         prompt: as BaseLM.encode reads it. kept: token ids that begin the answer; they yield no Step. first: the id of the
-        token after them, if it is not to be sampled. Raises UserError if prompt and answer exceed the base model's positions,
-        or if the rule needs a gate or a datastore that is missing.
+        token after them, if it is not to be sampled. reading: of the conversation so far; it goes on. Raises UserError if
+        prompt and answer exceed the base model's positions, or if the rule needs a gate or a datastore that is missing.
         """
         settings, base, ids = settings or Settings(), self.base, self.base.encode(prompt)
         self.check(settings.rule, len(ids), max_new_tokens)
         rule, generator = settings.rule, torch.Generator().manual_seed(seed) if seed is not None else None
-        evidence = Evidence() if rule == AUTO else None
+        reading = reading or Reading(base)
         search = (lambda hidden: self.search(hidden, settings)) if rule == KNN else None
         decoded, visible, answer = DecodedText(base.tokenizer), VisibleText(self.stops, self.closing), list(kept)
         for token in kept:
             visible.add(decoded.add(token))
-        began, steps = time.perf_counter(), self.steps([*ids, *kept], evidence, search)
+        began, steps = time.perf_counter(), self.steps([*ids, *kept], reading, rule == AUTO, search)
         hidden, base_logits, memory = next(steps)
         while len(answer) < max_new_tokens:
             alpha = settings.alpha
             if rule == AUTO:
-                alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), evidence.means))
+                alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), reading.evidence.means))
             blended = blend(base_logits, memory, alpha, rule if rule in RULES else "probabilities")
             allowed = without_repeated_runs(blended, answer, settings.no_repeat)
             token = sample(allowed, settings.temperature, settings.top_k, generator) if first is None else first

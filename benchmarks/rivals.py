@@ -16,7 +16,7 @@ import train_memory_decoder as script
 import training
 import tuned
 from datastore import Datastore, open_keys
-from generation import KNN, Evidence, MemoryAugmentedLM, Settings, blend, opinions
+from generation import KNN, MemoryAugmentedLM, Reading, Settings, blend, opinions
 from index import build_index
 from memory_decoder import MemoryDecoder
 from texts import entries_of
@@ -167,16 +167,16 @@ def pace_rows(bench):
     k, temperature, share = bench.results["kNN-LM"][KNN_LM]["chosen"]
     knn = Settings(rule=KNN, knn_k=k, knn_temperature=temperature)
 
-    def automatic(base, memory, evidence):
-        return float(bench.gate.alpha(opinions(base, memory).cpu().numpy(), evidence.means))
+    def automatic(base, memory, reading):
+        return float(bench.gate.alpha(opinions(base, memory).cpu().numpy(), reading.evidence.means))
 
     for number, window in itertools.product(range(2), bench.held.windows[:PROMPTS]):  # the first round warms up
         ids = window.ids[:2 * retrieval.QUERY]
         ways = {"base": lambda ids=ids: alone(bench.base, ids),
                 PROMPT: lambda ids=ids: alone(bench.base, [*finder.front(ids), *ids]),
                 "blend of probabilities": lambda ids=ids: together(model, ids, lambda *_: 0.5),
-                "automatic alpha": lambda ids=ids: together(model, ids, automatic, Evidence()),
-                KNN_LM: lambda ids=ids: together(model, ids, lambda *_: share, None, lambda hidden: model.search(hidden, knn))}
+                "automatic alpha": lambda ids=ids: together(model, ids, automatic, weigh=True),
+                KNN_LM: lambda ids=ids: together(model, ids, lambda *_: share, search=lambda hidden: model.search(hidden, knn))}
         for name, way in ways.items():
             marks = [time.perf_counter(), *(time.perf_counter() for _ in way())]
             times.setdefault((name, number), []).append(1000 * np.diff(marks))
@@ -185,12 +185,13 @@ def pace_rows(bench):
             for (name, number), found in times.items() if number}
 
 
-def together(model, ids, choose, evidence=None, search=None):
-    """Yield TOKENS times, after each token that base and memory write together; choose: (logits, logits, evidence) -> alpha."""
-    steps = model.steps(ids, evidence, search)
+def together(model, ids, choose, **how):
+    """Yield TOKENS times, after each token that base and memory write together; choose: (logits, logits, Reading) -> alpha."""
+    reading = Reading(model.base)
+    steps = model.steps(ids, reading, **how)
     _, base, memory = next(steps)
     for _ in range(TOKENS):
-        token = int(blend(base, memory, choose(base, memory, evidence), "probabilities").argmax())
+        token = int(blend(base, memory, choose(base, memory, reading), "probabilities").argmax())
         yield token
         _, base, memory = steps.send(token)
 

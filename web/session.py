@@ -8,12 +8,13 @@ import gradio as gr
 import pandas as pd
 
 from chat import Answer, check_ranges, is_changed
-from generation import RULES
+from generation import RULES, Reading
 from support.command import UserError, whole_text
 from web import panels
 from web.api import refusal
 
 KEPT_TURNS = 20  # in the browser
+READINGS = 4  # conversations whose last question is kept read; each takes tens of megabytes
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another version may raise
 # The controls, in the order in which handlers get their values.
 CONTROLS = ("alpha", "temperature", "top_k", "max_new_tokens", "k", "rule", "seed", "no_repeat", "knn_k", "knn_temperature")
@@ -24,6 +25,7 @@ class Session:
 
     def __init__(self):
         self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops any that is being written
+        self.reading = None  # what the models have read of this conversation
 
     def turns(self, number=None):
         """(question, answer) pairs of the first `number` questions."""
@@ -69,7 +71,15 @@ class Desk:
     """Handlers over a Chat. Those that write tokens are generators."""
 
     def __init__(self, chat):
-        self.chat = chat
+        self.chat, self.readers = chat, []  # the sessions that have a Reading, the last one last
+
+    def reading(self, session):
+        """The session's Reading. Only the last READINGS sessions keep theirs."""
+        self.readers = [*(reader for reader in self.readers if reader is not session), session]
+        while len(self.readers) > READINGS:
+            self.readers.pop(0).reading = None
+        session.reading = session.reading or Reading(self.chat.model.base)
+        return session.reading
 
     def shown(self, session, colouring, opened=None, stopped=False):
         """(chat, tokens, facts, candidates, passages) of the session's last answer."""
@@ -94,7 +104,7 @@ class Desk:
 
     def write(self, session, answer, colouring, first=None):
         """Write an answer into the session, which may be stopped or cleared meanwhile. Yields what is shown."""
-        session.writing = answer
+        session.writing, answer.reading = answer, self.reading(session)
         yield self.shown(session, colouring)
         try:
             for _ in self.chat.write(answer, first):
@@ -103,7 +113,7 @@ class Desk:
                 tokens = panels.tokens(answer, panels.COLOURINGS[colouring][0])
                 yield gr.skip(), tokens, panels.facts(answer), gr.skip(), gr.skip()
         finally:
-            stopped, session.writing = session.writing is not answer, None
+            stopped, session.writing, answer.reading = session.writing is not answer, None, None
             self.chat.trace(answer)
         here = bool(session.answers) and session.answers[-1] is answer  # it may have been cleared or undone
         yield self.shown(session, colouring, self.most_changed(answer) if here else None, here and stopped)
