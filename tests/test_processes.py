@@ -85,9 +85,10 @@ def alone(tiny_gemma, rows_file):
 def runs(alone, tiny_gemma, rows_file, tmp_path_factory):
     """Folders that two processes filled, began or ended, how the launch ended, and what was noted before a run went on."""
     root, noted = tmp_path_factory.mktemp("runs"), {}
-    for name, *stopped in (("read by one", datastore, "hidden_batches"), ("searched by one", Datastore, "search_others")):
+    for name, *stopped in (("read by one", datastore, "hidden_batches", 4),
+                           ("searched by one", Datastore, "search_others", 5)):  # the first one measures the index's recall
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_at_call(patch, *stopped, 4)
+            stop_at_call(patch, *stopped)
             alone(root / name)
         noted[name] = notes(root / name, WHAT[name[:4]])
     (root / "both.py").write_text(BOTH)

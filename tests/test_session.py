@@ -11,6 +11,7 @@ import app
 from chat import Chat
 from memory_decoder import read_manifest
 from web import panels
+from web import session as session_module
 from web.session import CONTROLS, Desk, Session
 
 QUESTION, OTHER = "Can my boss refuse to pay me overtime?", "May I record a call?"
@@ -49,6 +50,24 @@ def test_panels_are_empty_while_an_answer_is_written_and_full_when_it_stands(des
     assert "<table" in last[3] and "passage" in last[4] and session.writing is None
     said = [html.unescape(message["content"]) for message in last[0]]
     assert said == [QUESTION, session.answers[0].text or panels.NO_ANSWER, OTHER]
+
+
+def test_a_second_question_is_read_from_where_it_is_new(desk, session, monkeypatch):
+    ask(desk, session)
+    base, read = desk.chat.model.base, []
+    hidden = base.hidden
+    monkeypatch.setattr(base, "hidden", lambda ids, cache=None: (read.append(ids.shape[1]), hidden(ids, cache))[1])
+    ask(desk, session, OTHER)
+    assert read[0] < len(base.encode(desk.chat.prompt(OTHER, session.turns(1), 16))) - 20 and set(read[1:]) == {1}
+
+
+def test_only_the_last_visitors_keep_what_was_read_of_their_conversations(desk, monkeypatch):
+    monkeypatch.setattr(session_module, "READINGS", 2)
+    visitors = [Session() for _ in range(3)]
+    for visitor in (*visitors, visitors[1]):
+        ask(desk, visitor, max_new_tokens=1)
+    assert [visitor.reading is None for visitor in visitors] == [True, False, False]
+    assert visitors[1].reading is not visitors[2].reading and all(answer.reading is None for answer in visitors[1].answers)
 
 
 def test_the_token_that_the_memory_raised_most_is_opened_first(desk, session):
