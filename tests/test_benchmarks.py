@@ -1,5 +1,6 @@
 """The rivals in benchmarks/ on a tiny model: each fast way against a slow twin, and the table that they fill."""
 
+import importlib.util
 import json
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from datastore import Datastore
 from index import build_index
 from texts import Template, encode_row, entries_of, windows_of
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import answers
 import compare
 import neighbours
@@ -23,6 +24,11 @@ import retrieval
 import rivals
 import rules
 import tuned
+
+# Its name is that of a module of the project too.
+spec = importlib.util.spec_from_file_location("stages_bench", ROOT / "benchmarks/stages.py")
+stages_bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stages_bench)
 
 TEMPLATE = Template.parse("{Title}\nAnswer: {Answer}")
 
@@ -174,3 +180,18 @@ def test_clustered_keys_are_the_same_for_one_seed_and_near_others_of_their_clust
     keys = np.fromfile(tmp_path / "a", np.float16).reshape(2000, 40).astype(np.float32)
     apart = np.sort(((keys[:100, None] - keys[None]) ** 2).sum(-1), 1)
     assert np.median(apart[:, 1]) < 0.3 * np.median(apart[:, 1000])
+
+
+def test_the_growth_of_the_stages_is_measured_at_every_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages_bench, "SEARCHED", 2048)
+    monkeypatch.setattr(stages_bench, "STEPS", 3)
+    stages_bench.main(["one", "--entries", "3000", "--width", "32", "--work", str(tmp_path)])
+    heading, _, row, _, last = capsys.readouterr().out.strip().split("\n")
+    found = json.loads(last)
+    assert found["index"] == "Flat" and found["recall"] == 1 and found["search_seconds"] > 0 < found["training_peak_gib"]
+    assert heading.count("|") == row.count("|") == len(found) + 1
+
+
+def test_the_arithmetic_of_a_step_grows_with_the_width_of_the_keys():
+    more = stages_bench.step_arithmetic(576) - stages_bench.step_arithmetic(288)
+    assert more == 6 * stages_bench.BATCH * stages_bench.WINDOW * 288 * 256

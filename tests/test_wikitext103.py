@@ -16,7 +16,7 @@ import train_memory_decoder
 from sources.tables import Table
 from support.command import UserError
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import wikitext103 as script
 
 CONTEXT, SCORED = 16, 8
