@@ -5,7 +5,7 @@
 
 For each seed: trains a memory with script 1, then measures every rival. LoRA and full tuning get as many seconds as the memory
 took. The figures stay in <work>/seed_N.json, and the same command goes on from there. Even held-out rows choose every setting, odd
-ones report. Each seed draws its own training rows. Prints two tables. `python benchmarks/plots.py` draws them.
+ones report. Each seed draws its own training rows. Prints a table. `python benchmarks/plots.py` draws them.
 """
 
 import argparse
@@ -160,9 +160,9 @@ def against(found, auto):
     return f"{np.exp(nats.sum() / counts.sum()):.3f} ({low:.3f} to {high:.3f})"
 
 
-def tables(results):
-    """Two Markdown tables, of what each way predicts and of what it costs: means over seeds."""
-    rows, quality, price = rows_of(results), [], []
+def table(results):
+    """A Markdown table of what each way predicts and what it costs: means over seeds."""
+    rows, lines = rows_of(results), []
     for name, found in rows.items():
         def mean(key, form, found=found):
             values = [row[key] for row in found if key in row]
@@ -172,14 +172,11 @@ def tables(results):
         spread = f"{min(shares):.3f} to {max(shares):.3f}" if len(shares) > 1 else ""
         ratio = against(scored, [row for row in rows["automatic alpha"] if "share" in row])
         notes = ", or ".join(dict.fromkeys(row["note"] for row in found if row.get("note")))
-        quality.append([name, mean("perplexity", ".2f"), mean("share", ".3f"), spread, ratio, mean("bits_a_byte", ".3f"),
-                        mean("cost", ".3f")])
-        price.append([name, mean("seconds", ".0f"), mean("megabytes", ".1f"), mean("milliseconds_a_token", ".0f"),
+        lines.append([name, mean("perplexity", ".2f"), mean("share", ".3f"), spread, ratio, mean("bits_a_byte", ".3f"),
+                      mean("cost", ".3f"), mean("seconds", ".0f"), mean("megabytes", ".1f"), mean("milliseconds_a_token", ".0f"),
                       mean("prompt_milliseconds", ".0f"), notes])
-    return "\n\n".join([
-        markdown(["", "perplexity", "of the base's", "range", "over automatic alpha's (95%)", "bits a byte",
-                  "elsewhere, of the base's"], quality),
-        markdown(["", "seconds to make", "MB to keep", "ms a token", "ms to read the prompt", "chosen"], price)])
+    return markdown(["", "perplexity", "of the base's", "range", "over automatic alpha's (95%)", "bits a byte", "elsewhere",
+                     "seconds", "MB", "ms a token", "ms to read the prompt", "chosen"], lines)
 
 
 def markdown(names, rows):
@@ -209,7 +206,7 @@ def main():
         if "--demo" not in more:
             words += ["--base_model", given.base_model, *(w for name, value in SETTINGS.items() for w in (f"--{name}", str(value)))]
         results.append(measure([*words, *more], given.work, seed, given.elsewhere, given.rivals))
-    print("\n" + tables(results))
+    print("\n" + table(results))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def take(browser, address):
     view.locator("#measure").click()
     view.wait_for_selector("#curve svg, #curve canvas")
     view.wait_for_timeout(1500)
-    view.set_viewport_size({"width": 1280, "height": 1000})
+    view.set_viewport_size({"width": 1280, "height": 1060})
     view.screenshot(path=FOLDER / "explorer.png")
 
     view = opened(browser, address, 390, 844)
