@@ -10,6 +10,7 @@
 import contextlib
 import errno
 import io
+import ipaddress
 import os
 import shlex
 import socket
@@ -32,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 # earlier answer in front of the next question only misleads it.
 DEMO = {"model_dir": str(HERE / "demo/trained_models"), "rule": AUTO, "temperature": 0.2, "max_turns": 0, "no_repeat": 8}
 GRADIOS_HOST = "127.0.0.1"  # gradio needs its port to be free here too, wherever it listens
+AUTH_VARIABLE = "MEMORY_DECODER_AUTH"
 PORT_IN_USE = "Port {} is in use; name another with --server_port."
 
 
@@ -47,8 +49,11 @@ class Options:
     model_dir: str = option("trained_models", "folder that train_memory_decoder.py wrote")
     base_model: str | None = option(None, "where the base model is now, if not where it was in training")
     ask: str | None = option(None, "write the answer to this question to standard output, and open no page")
-    server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network")
+    server_name: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens the page to the network, with --auth or --open")
     server_port: WholeNumber | None = option(None, "port; default: the first free one from 7860")
+    auth: str | None = option(None, "user:password that page and API ask for; the environment variable MEMORY_DECODER_AUTH keeps "
+                                    "it out of the process list")
+    open: bool = option(False, "listen beyond this machine without --auth: anyone who reaches it may use it")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(EVERY_RULE))
     alpha: float | None = option(None, "where the page's alpha slider starts; default: what training chose for the rule")
@@ -126,6 +131,27 @@ def check_address(options):
                         "--server_port.") from None
 
 
+def credentials(options):
+    """The (user, password) that the page asks for, or None. Raises UserError for a malformed value.
+
+    --auth goes before the environment variable. An empty value is malformed, so that a failed script does not open the page.
+    """
+    name, given = ("--auth", options.auth) if options.auth is not None else (AUTH_VARIABLE, os.environ.get(AUTH_VARIABLE))
+    if given is None:
+        return None
+    user, _, password = given.partition(":")
+    if not user.strip() or not password:
+        raise UserError(f"{name} must have the form user:password, with neither part empty.")
+    return user.strip(), password  # gradio strips the name that a visitor types
+
+
+def check_access(options, login):
+    """Raise UserError if other machines could use the page without a login and --open does not allow it."""
+    if login is None and not options.open and not ipaddress.ip_address(host_of(options.server_name)).is_loopback:
+        raise UserError(f"Other machines could use the page at {options.server_name}; give --auth user:password, or --open to let "
+                        "anyone who reaches it use it.")
+
+
 def free_port(host):
     """The first port that is free at a host. Raises UserError if there is none."""
     from gradio.http_server import INITIAL_PORT_VALUE, TRY_NUM_PORTS
@@ -140,7 +166,9 @@ def free_port(host):
 
 def serve(options, manifest):
     """Open the page and wait."""
+    login = credentials(options)
     check_address(options)
+    check_access(options, login)
     chat = Chat.open(options, manifest) if manifest else None
     # Gradio requests its own page to see that it is up. No proxy may come between, not even one that httpx does not support.
     # This comes after the base model is loaded, which may need the proxy.
@@ -157,7 +185,7 @@ def serve(options, manifest):
         print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
         blocks = page.untrained(options.model_dir, training_command(options), options.demo)
     try:
-        page.launch(blocks, server_name=f"[{host}]" if ":" in host else host, server_port=port)
+        page.launch(blocks, server_name=f"[{host}]" if ":" in host else host, server_port=port, auth=login)
     except httpx.TransportError as error:  # gradio could not open the page itself
         raise UserError(f"The page cannot be reached at {options.server_name} ({one_line(error)}); check --server_name.") from None
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -42,7 +43,7 @@ from index import build_index, grow_index, inverted_lists, is_exact
 from memory_decoder import MemoryDecoder, check_heads
 from stages import Stages, plan, publish
 from support import command
-from support.command import UserError, fail, one_line, option
+from support.command import Terminated, UserError, fail, one_line, option, terminated
 from support.shards import write_atomically
 from texts import entries_of, windows_of_sources
 from training import REPLAYED, train_decoder, training_temperature
@@ -309,13 +310,17 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
 
 
 def main():
+    # When one of several processes fails, the launcher ends the others with SIGTERM. They must leave at once, and a handler
+    # would not run while they wait for the one that failed.
+    if "LOCAL_RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, terminated)
     try:
         run(parse_options())
     except UserError as error:
         sys.exit(fail(str(error)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nStopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
     except OSError as error:
         sys.exit(fail(f"A file could not be read or written: {one_line(error)}; the same command goes on from here."))
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """The command line of both scripts: options from a dataclass, and a user's error as one sentence."""
 
+import signal
 import sys
 from dataclasses import field
 
@@ -8,6 +9,16 @@ from transformers import HfArgumentParser
 
 class UserError(Exception):
     """An error that the user can fix. The message is one sentence that says how."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The signal SIGTERM, which ends a run like Ctrl-C does."""
+
+
+def terminated(*_):
+    """A signal handler that raises Terminated. It ignores a second SIGTERM, since `timeout` may send two."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def option(default, text, **more):

@@ -1,5 +1,7 @@
 """Keys, neighbour search, kNN weights, seen tokens, and the stored rows."""
 
+import json
+
 import faiss
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from datastore import (
     write_keys,
 )
 from index import build_index, grow_index, inverted_lists
+from stages import NEW_MANIFEST, finish_publishing
 from support.command import UserError
 from texts import Entries, Template, encode_row, entries_of, windows_of
 
@@ -101,6 +104,25 @@ def test_one_query_and_many_queries_find_the_same():
     many, _ = store.search(keys[:40], 5)
     one, _ = store.search(keys[3:4], 5)
     np.testing.assert_allclose(one[0], many[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "PCA16,IVF8,SQ8"])
+def test_an_open_store_finds_the_same_after_another_training_has_replaced_its_files(factory, tmp_path):
+    made, keys = random_store(factory=factory)
+    np.savez(tmp_path / "datastore_entries.npz", example=made.example, position=made.position, mean=made.mean)
+    np.save(tmp_path / "datastore_values.npy", made.values)
+    write_examples([], tmp_path / "examples.jsonl")
+    faiss.write_index(made.index, str(tmp_path / "faiss_index.bin"))
+    files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    store = Datastore.open(tmp_path)  # the inverted lists stay on disk, and no search has read them yet
+    (tmp_path / "stages").mkdir()
+    for name, size in files.items():
+        (tmp_path / f"{name}.part").write_bytes(bytes(size))
+    (tmp_path / NEW_MANIFEST).write_text(json.dumps({"files": files, "stages": {}}))
+    finish_publishing(tmp_path)
+    assert not any((tmp_path / "faiss_index.bin").read_bytes())
+    for found, expected in zip(store.search(keys[:50], 9), made.search(keys[:50], 9), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])

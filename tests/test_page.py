@@ -1,8 +1,10 @@
 """The page's components and their initial values, without a browser."""
 
 import copy
+import json
 import re
 import shlex
+import shutil
 
 import pytest
 from conftest import rows_of
@@ -91,6 +93,44 @@ def test_the_examples_are_questions_that_the_memory_holds(chat):
     stored = [row["Question"] for row in rows_of(chat.store)]
     assert len(set(examples)) == 4 and set(examples) <= set(stored)
     assert page.example_questions(["One?", "Two?"]) == ["One?", "Two?"]
+
+
+@pytest.fixture
+def replaced(chat, trained, tmp_path):
+    """A page over a copy of the trained folder, and a function that puts another manifest there (None: none)."""
+    folder = shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("stages"))
+    open_page = page.Page(chat, app.Options(model_dir=str(folder)))
+
+    def replace(manifest):
+        (folder / "config.json").unlink(missing_ok=True)
+        if manifest is not None:
+            (folder / "config.json").write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+        return open_page.trained_again()
+    return open_page, replace
+
+
+def test_a_page_says_when_its_memory_was_trained_again(chat, replaced):
+    open_page, replace = replaced
+    assert not open_page.trained_again().visible
+    other = {**chat.manifest, "files": {**chat.manifest["files"], "memory_decoder.pt": "0" * 64}}
+    news = replace(other)
+    assert news.visible and "This memory was trained again. Restart app.py to load it." in news.value
+    news = replace(chat.manifest)  # the old one is back
+    assert not news.visible and news.value == ""
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"files": []}', '{"files": null}'])
+def test_a_folder_whose_files_are_just_replaced_says_nothing(replaced, manifest):
+    assert not replaced[1](manifest).visible
+
+
+def test_the_page_looks_for_another_memory_when_it_opens_and_after_each_answer(chat):
+    blocks = page.Page(chat, app.Options()).build()
+    looks = [fn for fn in blocks.fns.values() if getattr(fn.fn, "__name__", "") == "trained_again"]
+    model = [fn for fn in blocks.fns.values() if fn.concurrency_id == "model" and fn.api_visibility == "private"]
+    writes = [fn for fn in model if fn.fn.__name__ != "explore"]
+    assert len(looks) == len(writes) + 1 > 5 and {fn.outputs[0].elem_id for fn in looks} == {"news"}
+    assert sum(any(event == "load" for _, event in fn.targets) for fn in looks) == 1 and not any(fn.queue for fn in looks)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--demo"], ["--model_dir", "other folder/of mine"]],

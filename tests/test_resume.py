@@ -21,6 +21,7 @@ import training
 from datastore import Datastore
 from memory_decoder import MemoryDecoder, read_manifest
 from support import shards
+from support.command import Terminated, UserError, terminated
 from texts import ORIGINAL, Template, windows_of
 
 
@@ -164,7 +165,63 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_once_started_again(six_rows, 
     assert_same_training(six_rows, train(folder))
 
 
-def test_control_c_says_that_the_same_command_goes_on(tiny_gemma, rows_file, tmp_path, monkeypatch, capsys):
+WAITS = """
+import time, datastore, train_memory_decoder
+real, calls = datastore.hidden_batches, []
+def batches(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        print("waits", flush=True)
+        time.sleep(300)
+    return real(*arguments)
+datastore.hidden_batches, datastore.SHARD_BATCHES = batches, 1
+train_memory_decoder.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once")
+def test_a_run_that_is_told_to_end_leaves_the_folder_to_the_same_command(six_rows, tiny_gemma, rows_file, train, tmp_path):
+    folder = tmp_path / "out"
+    arguments = command_line(tiny_gemma, rows_file, folder, "--max_examples", 6)
+    with subprocess.Popen([sys.executable, "-c", WAITS, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert any(line == "waits\n" for line in process.stdout)
+        with pytest.raises(UserError, match="Another training"):
+            train(folder)
+        process.terminate()
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and err.rstrip().endswith("\nStopped; the same command goes on from here.")
+    assert "Traceback" not in err
+    assert next(folder.glob("stages/datastore-*/keys_done_0.json")).read_text() == "[[0, 8], [8, 16], [16, 24]]"
+    assert_same_training(six_rows, train(folder))
+
+
+@pytest.fixture
+def sigterm():
+    """SIGTERM has its default effect at first. After the test it has the earlier one again."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_sigterm_does_not_disturb_the_first(sigterm):
+    signal.signal(signal.SIGTERM, terminated)
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_of_several_processes_leaves_sigterm_as_it_is(sigterm, monkeypatch, several):
+    monkeypatch.setattr(script, "run", lambda options: None)
+    monkeypatch.setattr(sys, "argv", ["train_memory_decoder.py"])
+    if several:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    script.main()
+    assert signal.getsignal(signal.SIGTERM) == (signal.SIG_DFL if several else terminated)
+
+
+def test_control_c_says_that_the_same_command_goes_on(tiny_gemma, rows_file, tmp_path, monkeypatch, capsys, sigterm):
     stop_at_call(monkeypatch, script, "build_neighbours", 1)
     arguments = command_line(tiny_gemma, rows_file, tmp_path / "out", "--max_examples", 4)
     monkeypatch.setattr(sys, "argv", ["train_memory_decoder.py", *arguments])

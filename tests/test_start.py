@@ -264,7 +264,7 @@ def opened(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("given", [False, True], ids=["any port", "a port"])
 def test_the_page_opens_at_the_address_that_it_prints(opened, name, printed, given):
     port = app.free_port(app.host_of(name))
-    address, text = opened("--server_name", name, *(["--server_port", port] if given else []))
+    address, text = opened("--server_name", name, "--open", *(["--server_port", port] if given else []))
     assert address.startswith(f"http://{printed}:") and "Memory Decoder" in text
     assert not given or address == f"http://{printed}:{port}"
 
@@ -300,6 +300,61 @@ def test_an_address_that_cannot_work_is_named_before_anything_is_loaded(trained,
     monkeypatch.setattr(Chat, "open", lambda *_: pytest.fail("the model was loaded"))
     line = the_line("--model_dir", trained, "--server_name", name)
     assert f"cannot listen at {name}:".encode(errors="backslashreplace").decode() in line and "--server_name" in line
+
+
+@pytest.mark.parametrize("name", ["0.0.0.0", pytest.param("::", marks=needs_ipv6)])
+def test_a_page_beyond_this_machine_needs_a_login_or_open(opened, the_line, trained, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(Chat, "open", lambda *_: pytest.fail("the model was loaded"))
+        line = the_line("--model_dir", trained, "--server_name", name)
+    assert f"at {name}" in line and "--auth user:password" in line and "--open" in line
+    for words, *more in (("Memory Decoder", "--open"), ('"auth_required":true', "--auth", "ann:secret")):
+        assert words in opened("--server_name", name, *more)[1]
+
+
+def test_a_host_name_of_another_address_counts_as_beyond_this_machine(the_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "host_of", lambda name: "0.0.0.0")
+    assert "at my.host;" in the_line("--model_dir", tmp_path, "--server_name", "my.host")
+
+
+@pytest.mark.parametrize("value", ["", "secret", ":secret", " :secret", "secret:"])
+def test_a_malformed_login_is_refused_and_not_shown(the_line, trained, monkeypatch, value):
+    monkeypatch.setattr(Chat, "open", lambda *_: pytest.fail("the model was loaded"))
+    expected = "error: {} must have the form user:password, with neither part empty."
+    assert the_line("--model_dir", trained, "--auth", value) == expected.format("--auth")
+    monkeypatch.setenv("MEMORY_DECODER_AUTH", value)
+    assert the_line("--model_dir", trained) == expected.format("MEMORY_DECODER_AUTH")
+
+
+def test_the_flag_goes_before_the_environment_and_a_password_may_hold_colons(monkeypatch):
+    assert app.credentials(app.Options()) is None
+    monkeypatch.setenv("MEMORY_DECODER_AUTH", "bob:from the environment")
+    assert app.credentials(app.Options()) == ("bob", "from the environment")
+    assert app.credentials(app.Options(auth="ann:a:b ")) == ("ann", "a:b ")
+
+
+CLOSED = [("GET", "config"), ("GET", "gradio_api/info"), ("GET", "gradio_api/openapi.json"), ("POST", "gradio_api/upload"),
+          ("POST", "gradio_api/queue/join"), ("GET", "gradio_api/queue/data?session_hash=a"),
+          *(("POST", f"gradio_api/{way}/{name}") for name in ("chat", "candidates", "passages") for way in ("call", "run", "api"))]
+
+
+def test_page_and_api_are_closed_without_a_login_and_open_with_it(trained, tmp_path):
+    log = tmp_path / "log.txt"
+    with started(log, "--model_dir", trained, MEMORY_DECODER_AUTH="ann:it's sécret") as address, \
+            httpx.Client(base_url=address) as visitor:
+        assert visitor.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 400
+        for method, path in CLOSED:
+            assert visitor.request(method, path, **{"json": {"data": [QUESTION]}} if method == "POST" else {}).status_code == 401
+        page = visitor.get("/").text
+        assert '"auth_required":true' in page and '"components":[]' in page and "a memory of" not in page
+        with pytest.raises(ValueError, match="Could not login"):
+            Client(address, verbose=False, analytics_enabled=False, auth=("ann", "wrong"))
+        visitor.post("/login", data={"username": "ann", "password": "it's sécret"}).raise_for_status()
+        assert "a memory of" in visitor.get("/").text and visitor.get("config").status_code == 200
+        client = Client(address, verbose=False, analytics_enabled=False, auth=("ann", "it's sécret"))
+        assert client.predict(QUESTION, k=3, api_name="/passages")
+        client.close()
+    assert "cret" not in log.read_text()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The Gradio page: its components and their events."""
 
 import html
+import json
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from web.session import CONTROLS, Desk, Session
 
 EXAMPLES = 4
 PRESETS = {"precise": (0.2, 50), "balanced": (0.7, 50), "lively": (1.0, 100)}  # temperature, top-k
+TRAINED_AGAIN = "This memory was trained again. Restart app.py to load it."
 LEGAL = "General information, not legal advice."
 PHONE = 768  # pixels up to which the settings are folded at first
 COPY_JS = "() => navigator.clipboard.writeText(document.querySelector('#tokens .answer')?.innerText ?? '')"
@@ -42,6 +44,7 @@ class Page:
         with gr.Blocks(title="Memory Decoder") as page:
             gr.HTML(f"<h1>Memory Decoder</h1><p>{name}, frozen, with a memory of {len(chat.store.examples):,} texts "
                     f"({len(chat.store):,} entries). {LEGAL if is_legal(chat) else ''}</p>", elem_id="title")
+            self.news = gr.HTML(visible=False, elem_id="news")
             self.session, self.width = gr.State(Session()), gr.Number(visible="hidden", label="width")
             self.browser = gr.BrowserState([], storage_key=f"memory-decoder-{self.mark()}", secret=self.mark())
             samples = [[question] for question in example_questions(chat.questions())]
@@ -59,6 +62,15 @@ class Page:
     def mark(self):
         """A text that tells this memory from others: the first digits of its checksum."""
         return self.chat.manifest.get("files", {}).get("memory_decoder.pt", "none")[:16]
+
+    def trained_again(self):
+        """What `news` shows: a line if the folder holds another memory by now. The page goes on with the one that it loaded."""
+        try:
+            manifest = json.loads((Path(self.options.model_dir) / "config.json").read_text())
+            other = not manifest["files"]["memory_decoder.pt"].startswith(self.mark())
+        except (OSError, ValueError, LookupError, TypeError):  # a training is just putting its files in place
+            other = False
+        return gr.HTML(f'<p role="status">{TRAINED_AGAIN}</p>' if other else "", visible=other)
 
     def build_api(self):
         api = Api(self.chat, {name: control.value for name, control in self.controls.items()})
@@ -165,7 +177,8 @@ class Page:
         def writes(event, handler, inputs, outputs, stop):
             """Connect an event with a handler that writes tokens. Its stop button works meanwhile. The result is kept."""
             event(lambda: gr.Button(interactive=True), None, stop, **quick)
-            keep(event(handler, inputs, outputs, **model)).then(lambda: gr.Button(interactive=False), None, stop, **quick)
+            done = keep(event(handler, inputs, outputs, **model)).then(lambda: gr.Button(interactive=False), None, stop, **quick)
+            done.then(self.trained_again, None, self.news, **quick)
 
         writes(self.question.submit, desk.ask, [self.session, self.question, self.colouring, *controls], shown, self.stop_button)
         self.question.submit(lambda: "", None, self.question, **quick)
@@ -198,6 +211,7 @@ class Page:
         self.take_button.click(desk.take, self.session, [self.explored_question, self.explored_answer], **quick)
         self.measure_button.click(desk.explore, [self.explored_question, self.explored_answer, self.controls["alpha"]],
                                   [self.curve, self.curve_words], **model)
+        page.load(self.trained_again, None, self.news, **quick)
         page.load(desk.restore, [self.browser, *here], shown, **quick)
         page.load(lambda width: gr.Accordion(open=width > PHONE), self.width, self.settings, js="() => window.innerWidth", **quick)
 
