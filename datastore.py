@@ -7,6 +7,7 @@ T positions. D and I are distances and entry ids, as faiss names them.
 
 import bisect
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
@@ -128,10 +129,10 @@ class Datastore:
     def search_index(self, queries, k, without=None):
         """Like search, with the distances of the index. without: an example whose entries are skipped, for an exact index only."""
         queries = np.asarray(queries, np.float32) - self.mean
-        # For a few queries one thread is faster than several, which must first synchronise.
-        faiss.omp_set_num_threads(1 if len(queries) < 16 else torch.get_num_threads())
         others = None if without is None else faiss.IDSelectorBitmap(np.packbits(self.example != without, bitorder="little"))
-        D, I = self.index.search(queries, k, params=faiss.SearchParameters(sel=others) if others else None)
+        # For a few queries one thread is faster than several, which must first synchronise.
+        with search_threads(1 if len(queries) < 16 else torch.get_num_threads()):
+            D, I = self.index.search(queries, k, params=faiss.SearchParameters(sel=others) if others else None)
         D = np.where(I < 0, np.inf, np.maximum(D, 0))
         return smallest(D, I, k)  # some builds return unsorted lists
 
@@ -218,6 +219,17 @@ def fewest(enough, most):
         high = min(2 * high, most)
     low = high // 2 + 1
     return low + bisect.bisect_left(range(low, high), True, key=enough)
+
+
+@contextmanager
+def search_threads(count):
+    """Let faiss search with so many threads meanwhile. torch may share its OpenMP, and would keep that number afterwards."""
+    before = torch.get_num_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def smallest(D, I, k):

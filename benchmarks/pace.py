@@ -2,16 +2,14 @@
 
     python benchmarks/pace.py --model_dir demo/trained_models    # with nothing else running
 
-All ways take turns, on the same prompts. Prints medians in milliseconds, and as the last line JSON with
+All ways take turns, token by token. Prints medians in milliseconds, and as the last line JSON with
 base_ms, memory_ms, auto_ms, generate_ms and more. "base" and the memory's ways share one loop, "generate" is transformers' own.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ import app
 from chat import Chat
 from generation import AUTO, Reading, Settings, blend, opinions
 from memory_decoder import read_manifest
+from neighbours import seconds_of
 
 QUESTION = "Can my landlord keep my deposit if I left the flat as it was and paid every month?"
 
@@ -70,12 +69,12 @@ class Pace:
             window = torch.tensor([ids], device=self.base.device)
             self.base.model.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=count, min_new_tokens=count,
                                      do_sample=False, pad_token_id=self.base.eos)
-            yield
+            yield count
 
     @torch.no_grad()
     def original(self, ids):
         """The original demo's way: two whole forwards of the base and a search that nobody reads, for every token."""
-        for _ in range(4):
+        for _ in range(3):
             window = torch.tensor([ids], device=self.base.device)
             logits = self.base.model(window, use_cache=False).logits[0, -1].float()
             hidden = self.base.model(window, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
@@ -86,22 +85,26 @@ class Pace:
             ids = [*ids, token]
 
 
-def gaps(way):
-    """Milliseconds to each thing that a generator yields."""
-    marks = [time.perf_counter(), *(time.perf_counter() for _ in way)]
-    return [1000 * (b - a) for a, b in itertools.pairwise(marks)]
-
-
 def each_token(pace, rounds, length):
-    """{way: the median milliseconds of a token} behind a prompt of so many tokens."""
+    """{way: the median milliseconds of a token} behind a prompt of so many tokens.
+
+    The ways take turns token by token, since a shared machine changes its pace from second to second.
+    """
     ids, times = pace.prompt(length), {}
     ways = {"base": pace.alone, "memory": pace.with_memory, "auto": lambda ids: pace.with_memory(ids, True),
-            "page": pace.on_the_page, "original": pace.original, "generate": pace.generate}
+            "page": pace.on_the_page, "original": pace.original}
     for number in range(rounds + 1):  # the first round warms up
-        for name, way in ways.items():
-            found = gaps(way(ids))
-            found = [(found[1] - found[0]) / (pace.tokens - 1)] if name == "generate" else found[1:]
-            times.setdefault(name, []).extend(found if number else [])
+        writing = {name: way(ids) for name, way in ways.items()}
+        for token in range(pace.tokens):
+            for name, way in list(writing.items()):
+                seconds, more = seconds_of(lambda way=way: next(way, None))
+                if more is None:
+                    del writing[name]
+                else:
+                    times.setdefault(name, []).extend([1000 * seconds] if number and token else [])
+        both = pace.generate(ids)
+        first, whole = (seconds_of(lambda both=both: next(both))[0] for _ in range(2))
+        times.setdefault("generate", []).extend([1000 * (whole - first) / (pace.tokens - 1)] if number else [])
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -113,9 +116,8 @@ def second_turn(pace, rounds, length):
         reading = Reading(base)
         next(pace.model.steps(first, reading, weigh=True))
         for kept, found in zip((reading, None), times, strict=True):
-            began = time.perf_counter()
-            next(pace.model.steps([*first, *more], kept, weigh=True))
-            found += [1000 * (time.perf_counter() - began)] if number else []
+            seconds, _ = seconds_of(lambda kept=kept: next(pace.model.steps([*first, *more], kept, weigh=True)))
+            found += [1000 * seconds] if number else []
     return tuple(map(statistics.median, times))
 
 

@@ -322,3 +322,15 @@ def test_keys_that_are_not_finite_are_refused_in_words(base, tmp_path, monkeypat
     monkeypatch.setattr(BaseLM, "hidden", lambda self, ids: 1e5 * real(self, ids))
     with pytest.raises(UserError, match="not finite or above 65504"):
         keys_on_disk(base, windows, tmp_path / "keys")
+
+
+def test_a_search_for_few_queries_leaves_torch_its_threads():
+    keys = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float16)
+    store = Datastore(*build_index(keys, "Flat"), np.arange(40), np.arange(40), np.arange(40), [])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        store.search(keys[:1], 2), store.search_others(keys[:20], np.arange(20), 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
