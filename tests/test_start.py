@@ -271,8 +271,12 @@ def test_the_page_opens_at_the_address_that_it_prints(opened, name, printed, giv
 
 @contextlib.contextmanager
 def listening(host):
-    """Takes a port at a host. Yields its number."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
+    """Takes a port at a host. Yields its number. At ::1 it is one that nothing uses at 127.0.0.1."""
+    port = 0
+    if ":" in host:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
         yield other.getsockname()[1]
 
 
