@@ -142,17 +142,19 @@ def interrupted():
     raise KeyboardInterrupt
 
 
-KILLED = """
-import os, signal, datastore, train_memory_decoder
+AT_THE_FOURTH_READ = """
+import os, signal, time, datastore, train_memory_decoder
 real, calls = datastore.hidden_batches, []
 def batches(*arguments):
     calls.append(1)
     if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
+        {}
     return real(*arguments)
 datastore.hidden_batches, datastore.SHARD_BATCHES = batches, 1
 train_memory_decoder.main()
 """
+KILLED = AT_THE_FOURTH_READ.format("os.kill(os.getpid(), signal.SIGKILL)")
+WAITS = AT_THE_FOURTH_READ.format("print('waits', flush=True), time.sleep(300)")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -163,20 +165,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_once_started_again(six_rows, 
     assert killed.returncode == -signal.SIGKILL
     assert next(folder.glob("stages/datastore-*/keys_done_0.json")).read_text() == "[[0, 8], [8, 16], [16, 24]]"
     assert_same_training(six_rows, train(folder))
-
-
-WAITS = """
-import time, datastore, train_memory_decoder
-real, calls = datastore.hidden_batches, []
-def batches(*arguments):
-    calls.append(1)
-    if len(calls) == 4:
-        print("waits", flush=True)
-        time.sleep(300)
-    return real(*arguments)
-datastore.hidden_batches, datastore.SHARD_BATCHES = batches, 1
-train_memory_decoder.main()
-"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once")
