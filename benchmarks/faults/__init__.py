@@ -1,0 +1,1 @@
+"""Faults that soak.py tries, a file for each kind."""
