@@ -31,8 +31,8 @@ def short_place(work):
     from conftest import ROWS, SMALL, make_tiny_gemma
     from runs import jsonl
 
-    training = [*map(str, ("--base_model", make_tiny_gemma(work / "model"), "--dataset", jsonl(work / "rows.jsonl", ROWS[::18][:24]))),
-                *SMALL]
+    rows = jsonl(work / "rows.jsonl", ROWS[::18][:24])
+    training = ["--base_model", str(make_tiny_gemma(work / "model")), "--dataset", str(rows), *SMALL]
     done = script("train_memory_decoder.py", *training, "--output_dir", work / "trained")
     assert done.returncode == 0, done.stderr
     return Place(work, training, work / "trained")
@@ -53,7 +53,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="a few of each fault, with a tiny random model")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--model_dir", type=Path, default=ROOT / "demo/trained_models", help="the demo's memory, for the long forms")
+    parser.add_argument("--model_dir", type=Path, default=ROOT / "demo/trained_models", help="the demo's memory, for long forms")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     outcomes = []
