@@ -44,11 +44,6 @@ def choose_index(entries, width, memory):
     return next((choice for choice in choices if index_bytes(entries, width, choice) <= memory), choices[-1])
 
 
-def is_exact(factory):
-    """Whether an index of this kind keeps whole keys, so that its distances need no second look."""
-    return re.fullmatch(r"(IVF[^,]*,)?(Flat|SQfp16)|HNSW\d+(,Flat)?", factory) is not None
-
-
 def index_bytes(entries, width, factory):
     """Approximate bytes of a faiss index over this many entries."""
     codes, lists = factory.split(",")[-1], re.search(r"IVF(\d+)", factory)

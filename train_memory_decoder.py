@@ -30,17 +30,16 @@ import evaluation
 from base_model import DEMO_MODEL, BaseLM, fast_bfloat16, pick_device
 from corpus import HELD_OUT, Corpus
 from datastore import (
-    Datastore,
     copy_keys,
     default_temperature,
-    find_neighbours,
     open_keys,
     write_examples,
     write_keys,
 )
 from earlier import Claim, Earlier, earlier_options
-from index import build_index, grow_index, inverted_lists, is_exact
+from index import build_index, grow_index, inverted_lists
 from memory_decoder import MemoryDecoder, check_heads
+from search import TrainingDatastore, find_neighbours
 from stages import Stages, plan, publish
 from support import command
 from support.command import Terminated, UserError, fail, one_line, option, terminated
@@ -159,26 +158,23 @@ def make_index(options, keys, entries, factory, stage, grown, earlier):
         else:
             index, mean = build_index(keys, factory, options.seed)
         np.savez(stage / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
-        found, most = store_of(index, keys, entries, None, factory, stage).tune(keys, options.k, options.recall, options.seed)
+        recall = store_of(index, keys, entries, None, stage).tune(options.k, options.recall, options.seed)
         faiss.write_index(index, str(stage / "faiss_index.bin"))
         lists = inverted_lists(index)
-        stage.finish(recall=found, most=most, nprobe=lists and lists.nprobe, lists=lists and lists.nlist)
-    facts, more = stage.facts, ""
-    if facts["lists"]:
-        more = f", reads {facts['nprobe']} of {facts['lists']} inverted lists"
-        more += f"; all find {facts['most']:.3f}, less than --recall {options.recall:g}" * (facts["most"] < options.recall)
+        stage.finish(recall=recall, nprobe=lists and lists.nprobe, lists=lists and lists.nlist)
+    facts = stage.facts
+    more = f", reads {facts['nprobe']} of {facts['lists']} inverted lists" if facts["lists"] else ""
     print(f"index: recall@{options.k} against exact search {facts['recall']:.3f}{more}", flush=True)
 
 
-def store_of(index, keys, entries, examples, factory, stage):
-    """The Datastore of an index. One that does not hold whole keys gets those on disk."""
+def store_of(index, keys, entries, examples, stage, device="cpu"):
+    """The TrainingDatastore of an index, over the keys on disk."""
     mean = np.load(stage / "datastore_entries.npz", allow_pickle=False)["mean"]
-    keys = None if is_exact(factory) else keys
-    return Datastore(index, mean, entries.values, entries.example, entries.position, examples, keys)
+    return TrainingDatastore(index, mean, entries.values, entries.example, entries.position, examples, keys, device)
 
 
 def build_neighbours(options, keys, entries, examples, factory, stages, accelerator, earlier=None):
-    """Stages 2 and 3: the index, then every entry's neighbours. Returns the Datastore.
+    """Stages 2 and 3: the index, then every entry's neighbours. Returns the TrainingDatastore.
 
     The first process builds the index. All search a share. earlier: the memory whose entries come first among these.
     """
@@ -187,9 +183,9 @@ def build_neighbours(options, keys, entries, examples, factory, stages, accelera
         make_index(options, keys, entries, factory, stages.index, grown, earlier)
     accelerator.wait_for_everyone()
     index = faiss.read_index(str(stages.index / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
-    store = store_of(index, keys, entries, examples, factory, stages.index)
+    store = store_of(index, keys, entries, examples, stages.index, accelerator.device)
     if begin_together(stages.neighbours):
-        find_neighbours(store, keys, options.k, stages.neighbours.path, grown and grown[1], accelerator.process_index,
+        find_neighbours(store, options.k, stages.neighbours.path, grown and grown[1], accelerator.process_index,
                         accelerator.num_processes)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 import train_memory_decoder as script
 from base_model import BaseLM
 from corpus import Corpus
-from datastore import Datastore, find_neighbours, open_keys, write_keys
-from index import build_index, choose_index, inverted_lists, is_exact
+from datastore import open_keys, write_keys
+from index import build_index, choose_index, inverted_lists
 from memory_decoder import MemoryDecoder, TrainingLoss
 from neighbours import LENGTH, PeakMemory, seconds_of, write_clustered
+from search import TrainingDatastore, find_neighbours
 from texts import Entries, entries_of, windows_of_sources
 from training import Batches
 
@@ -71,6 +72,10 @@ def clustered_entries(count):
     return Entries(values, (np.arange(count) // LENGTH).astype(np.int32), np.zeros(count, np.int32), offsets)
 
 
+def store_of(index, mean, entries, keys):
+    return TrainingDatastore(index, mean, entries.values, entries.example, entries.position, [], keys)
+
+
 def training_steps(keys, entries, folder, width):
     """Seconds of STEPS training steps over the first windows, whose neighbours are in the folder, one by one."""
     decoder = MemoryDecoder(width, VOCABULARY, range(SEEN), 0.01, context=64)
@@ -98,8 +103,8 @@ def pace():
         folder, width = Path(name), 576
         write_clustered(folder / "keys", SEARCHED, width, 0)
         keys, entries = open_keys(folder / "keys", width), clustered_entries(SEARCHED)
-        store = Datastore(*build_index(keys, "Flat"), entries.values, entries.example, entries.position, [])
-        find_neighbours(store, keys, K, folder)
+        store = store_of(*build_index(keys, "Flat"), entries, keys)
+        find_neighbours(store, K, folder)
         step = statistics.median(training_steps(keys, entries, folder, width)[2:])
     limit = step_arithmetic(width) / multiplication_rate()
     return [{"forward_entries_a_second": bare, "reading_entries_a_second": whole, "reading / forward": whole / bare,
@@ -117,16 +122,14 @@ def grown(count, width, memory, work):
         with PeakMemory() as peak:
             factory = choose_index(count, width, int(memory * 2**30))
             built, (index, mean) = seconds_of(lambda: build_index(keys, factory))
-            store = Datastore(index, mean, entries.values, entries.example, entries.position, [])
-            store.keys = None if is_exact(factory) else keys
-            tuned, (recall, _) = seconds_of(lambda: store.tune(keys, K, 0.95))
+            store = store_of(index, mean, entries, keys)
+            tuned, recall = seconds_of(lambda: store.tune(K, 0.95))
             faiss.write_index(index, str(folder / "index"))
         found |= {"index": factory, "recall": recall, "nprobe": (lists := inverted_lists(index)) and lists.nprobe,
                   "build_seconds": built, "tune_seconds": tuned, "build_peak_gib": peak.peak / 2**30}
-        store.index = None
-        del index
+        del index, store
         with PeakMemory() as peak:
-            store.index = faiss.read_index(str(folder / "index"), faiss.IO_FLAG_MMAP)
+            store = store_of(faiss.read_index(str(folder / "index"), faiss.IO_FLAG_MMAP), mean, entries, keys)
             part = keys[:SEARCHED]
             searched, (D, I) = seconds_of(lambda: store.search_others(part, entries.example[:SEARCHED], K))
         for letter, array, kind in (("D", D, np.float32), ("I", I, np.int32)):

@@ -168,9 +168,10 @@ def test_the_speed_of_an_index_is_measured_at_the_recall_asked_for(index, device
     *_, heading, _, row, _, last = capsys.readouterr().out.strip().split("\n")
     found = json.loads(last)
     assert 0.8 < found["recall"] <= 1 and 1 <= found["nprobe"] < found["lists"] == 16
-    assert found["times_as_fast"] == pytest.approx(found["index_queries_a_second"] / found["exact_queries_a_second"])
+    exact = max(found["exact_queries_a_second"], found["faiss_exact_queries_a_second"])
+    assert found["times_as_fast"] == pytest.approx(found["queries_a_second"] / exact)
     assert row.startswith(f"| {index} | {found['nprobe']} of 16 | {found['recall']:.3f} |")
-    assert heading.count("|") == row.count("|") and found["exact_by"] in heading
+    assert heading.count("|") == row.count("|")
 
 
 def test_clustered_keys_are_the_same_for_one_seed_and_near_others_of_their_cluster(tmp_path):

@@ -14,7 +14,6 @@ from datastore import (
     Datastore,
     copy_keys,
     default_temperature,
-    find_neighbours,
     hidden_batches,
     knn_weights,
     open_keys,
@@ -22,7 +21,7 @@ from datastore import (
     write_examples,
     write_keys,
 )
-from index import build_index, grow_index, inverted_lists
+from index import build_index, inverted_lists
 from stages import NEW_MANIFEST, finish_publishing
 from support.command import UserError
 from texts import Entries, Template, encode_row, entries_of, windows_of
@@ -125,59 +124,6 @@ def test_an_open_store_finds_the_same_after_another_training_has_replaced_its_fi
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
-def test_neighbours_leave_out_the_own_example_however_often_keys_repeat(factory):
-    store, keys = random_store(factory=factory)
-    if factory != "Flat":
-        inverted_lists(store.index).nprobe = 8
-    D, I = store.search_others(keys, store.example, 12)
-    exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
-    exact[store.example[:, None] == store.example[None]] = np.inf
-    assert (store.example[I] != store.example[:, None]).all()
-    np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
-
-
-@pytest.mark.parametrize("most", [240, 400])
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "PCA16,IVF8,Flat"])
-def test_an_example_that_is_much_of_the_text_takes_bounded_memory_and_finds_the_same(factory, most, monkeypatch):
-    store, keys = random_store(factory=factory)
-    if factory != "Flat":
-        inverted_lists(store.index).nprobe = 8
-    store.example[:most] = 99  # one row of so many entries, some of them equal to entries of others
-    sizes, real = [], store.search_index
-    monkeypatch.setattr(datastore, "FOUND_AT_ONCE", 2000)
-    monkeypatch.setattr(store, "search_index", lambda queries, k, *more: sizes.append((len(queries), k)) or real(queries, k, *more))
-    D, I = store.search_others(keys, store.example, 12)
-    exact = ((keys[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
-    exact[store.example[:, None] == store.example[None]] = np.inf
-    assert (store.example[I] != store.example[:, None]).all()
-    np.testing.assert_allclose(D, np.sort(exact, 1)[:, :12], atol=1e-3)
-    assert max(count * k for count, k in sizes if k > 12) <= 2000
-    assert (max(k for _, k in sizes) > 200) == (most == 240 or factory != "Flat")  # otherwise they were skipped
-
-
-@pytest.mark.parametrize("added", [1, 3, 60])
-def test_neighbours_of_a_grown_datastore_are_those_of_one_made_at_once(added, tmp_path):
-    store, keys = random_store()
-    store.example[-added:] = 99  # the added text is another example
-    for name in ("before", "grown", "whole"):
-        (tmp_path / name).mkdir()
-    before = Datastore(build_index(keys[:-added], "Flat")[0], store.mean, store.values[:-added], store.example[:-added], None, [])
-    before.mean = build_index(keys[:-added], "Flat")[1]
-    find_neighbours(before, keys[:-added], 5, tmp_path / "before")
-    faiss.write_index(before.index, str(tmp_path / "index"))
-    index = grow_index(tmp_path / "index", keys, len(keys) - added, before.mean)
-    grown = Datastore(index, before.mean, store.values, store.example, None, [])
-    asked, real = [], grown.search_others
-    grown.search_others = lambda queries, *more: asked.append(len(queries)) or real(queries, *more)
-    find_neighbours(grown, keys, 5, tmp_path / "grown", tmp_path / "before")
-    find_neighbours(store, keys, 5, tmp_path / "whole")
-    one, other = (np.load(tmp_path / name / "neighbours_D.npy") for name in ("grown", "whole"))
-    np.testing.assert_allclose(one, other, atol=1e-3)
-    I = np.load(tmp_path / "grown/neighbours_I.npy")
-    assert (store.example[I] != store.example[:, None]).all() and asked == [added]  # the others were compared with new entries only
-
-
 def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path, monkeypatch):
     windows = windows_of(base, ROWS[:6], TEMPLATE, 64)
     offsets, known = entries_of(windows).offsets, 5
@@ -196,37 +142,6 @@ def test_copied_keys_stand_in_front_and_only_the_others_are_read(base, tmp_path,
         read.clear()
 
 
-def test_neighbours_that_an_index_cannot_find_are_marked():
-    store, keys = random_store(count=300, examples=2, factory="IVF32,Flat")
-    inverted_lists(store.index).nprobe = 1
-    D, I = store.search_others(keys, store.example, 100)
-    assert (I < 0).any() and (np.isinf(D) == (I < 0)).all()
-    assert np.isfinite(knn_weights(D, 1.0)).all()
-
-
-def test_neighbour_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(datastore, "SEARCH_CHUNK", 128)
-    store, keys = random_store()
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir(), cut.mkdir()
-    find_neighbours(store, keys, 5, whole)
-    real, calls = store.search_others, []
-
-    def search_twice(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(store, "search_others", search_twice)
-    with pytest.raises(KeyboardInterrupt):
-        find_neighbours(store, keys, 5, cut)
-    calls.extend([1, 1, 1])
-    find_neighbours(store, keys, 5, cut)
-    assert len(calls) == 8  # two chunks, the interrupted one, three of ours, and only the two chunks left
-    np.testing.assert_array_equal(np.load(cut / "neighbours_I.npy"), np.load(whole / "neighbours_I.npy"))
-
-
 @pytest.mark.parametrize("factory", ["IVF16,SQfp16", "PCA16,IVF16,SQ8"])
 def test_an_approximate_index_finds_the_same_once_it_is_on_disk(factory, tmp_path):
     keys = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float16)
@@ -237,10 +152,9 @@ def test_an_approximate_index_finds_the_same_once_it_is_on_disk(factory, tmp_pat
     made, opened = Datastore(index, mean, values, example, np.arange(2000) % 20, []), Datastore.open(tmp_path)
     assert inverted_lists(opened.index).nprobe == 7
     queries = keys[::40].astype(np.float32) + np.random.default_rng(1).normal(0, 0.1, (50, 32))
-    for search in (lambda store: store.search(queries, 9), lambda store: store.search_others(queries, np.arange(50) * 2, 9)):
-        (D, I), (expected_D, expected_I) = search(opened), search(made)
-        np.testing.assert_allclose(D, expected_D, rtol=1e-5)
-        assert np.array_equal(I, expected_I) and I.min() >= 0
+    (D, I), (expected_D, expected_I) = opened.search(queries, 9), made.search(queries, 9)
+    np.testing.assert_allclose(D, expected_D, rtol=1e-5)
+    assert np.array_equal(I, expected_I) and I.min() >= 0
     assert (opened.search(queries, 1)[1][:, 0] == np.arange(0, 2000, 40)).all()
     assert opened.example[40] == 2 and opened.examples[opened.example[40]].row == {"a": "2"}
 
@@ -330,7 +244,7 @@ def test_a_search_for_few_queries_leaves_torch_its_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        store.search(keys[:1], 2), store.search_others(keys[:20], np.arange(20), 2)
+        store.search(keys[:1], 2), store.search(keys[:20], 2)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

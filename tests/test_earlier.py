@@ -23,6 +23,7 @@ from chat import Chat
 from datastore import Datastore, read_examples
 from earlier import Claim, earlier_options
 from memory_decoder import MemoryDecoder, read_manifest
+from search import TrainingDatastore
 from sources.rows import Example
 from support.command import UserError
 from texts import Entries
@@ -96,7 +97,8 @@ def test_a_grown_memory_has_the_neighbours_and_keys_of_one_that_was_made_at_once
     folder, _ = grown
     store, keys = Datastore.open(folder), keys_of(folder)
     D, I = (np.load(next(folder.glob(f"stages/neighbours-*/neighbours_{name}.npy"))) for name in "DI")
-    expected, _ = store.search_others(keys, store.example, 8)
+    fields = store.index, store.mean, store.values, store.example, None, []
+    expected, _ = TrainingDatastore(*fields, keys).search_others(keys, store.example, 8)
     np.testing.assert_allclose(D, expected, atol=1e-2, rtol=1e-3)
     assert (store.example[I] != store.example[:, None]).all()
     ids = base.encode(stored_rows(folder)[-1]["text"])

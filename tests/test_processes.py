@@ -15,20 +15,21 @@ from conftest import ROOT
 from runs import command_line, losses, stop_at_call, train_six
 
 import datastore
+import search
 import train_memory_decoder as script
-from datastore import Datastore
 from memory_decoder import MemoryDecoder
+from search import TrainingDatastore
 
 # What both processes run. A launch takes many seconds, so that there is one for all tests.
 BOTH = """
 import sys
-import datastore, train_memory_decoder as script
+import datastore, search, train_memory_decoder as script
 from support.command import UserError
 
-datastore.SEARCH_CHUNK, datastore.SHARD_BATCHES = 500, 1
+search.SEARCH_CHUNK, datastore.SHARD_BATCHES = 500, 1
 script.fast_bfloat16 = lambda device: False
 root, rank = sys.argv[1], int(script.os.environ["RANK"])
-real_read, real_search, calls = datastore.hidden_batches, datastore.Datastore.search_others, []
+real_read, real_search, calls = datastore.hidden_batches, search.TrainingDatastore.search_others, []
 
 def train(name):
     calls.clear()
@@ -53,7 +54,7 @@ try:
     train("read by two")
 except KeyboardInterrupt:
     pass
-datastore.hidden_batches, datastore.Datastore.search_others = real_read, broken_search
+datastore.hidden_batches, search.TrainingDatastore.search_others = real_read, broken_search
 sys.argv[1:] = [part.replace("FOLDER", f"{root}/searched by two") for part in sys.argv[2:]]
 calls.clear()
 script.main()
@@ -70,7 +71,7 @@ def notes(folder, name):
 def alone(tiny_gemma, rows_file):
     """Trains in this process, as each of the two does: one thread, float32 and small shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datastore, "SEARCH_CHUNK", 500)
+        patch.setattr(search, "SEARCH_CHUNK", 500)
         patch.setattr(datastore, "SHARD_BATCHES", 1)
         patch.setattr(script, "fast_bfloat16", lambda device: False)
         threads = torch.get_num_threads()
@@ -86,7 +87,7 @@ def runs(alone, tiny_gemma, rows_file, tmp_path_factory):
     """Folders that two processes filled, began or ended, how the launch ended, and what was noted before a run went on."""
     root, noted = tmp_path_factory.mktemp("runs"), {}
     for name, *stopped in (("read by one", datastore, "hidden_batches", 4),
-                           ("searched by one", Datastore, "search_others", 5)):  # the first one measures the index's recall
+                           ("searched by one", TrainingDatastore, "search_others", 4)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_at_call(patch, *stopped)
             alone(root / name)

@@ -16,10 +16,11 @@ from conftest import ROOT
 from runs import command_line, entry_places, losses, stop_at_call, stored_rows, train_six
 
 import datastore
+import search
 import train_memory_decoder as script
 import training
-from datastore import Datastore
 from memory_decoder import MemoryDecoder, read_manifest
+from search import TrainingDatastore
 from support import shards
 from support.command import Terminated, UserError, terminated
 from texts import ORIGINAL, Template, windows_of
@@ -29,7 +30,7 @@ from texts import ORIGINAL, Template, windows_of
 def several_shards():
     """Make a few thousand entries take several shards to read and to search, so that a run can be stopped between them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datastore, "SEARCH_CHUNK", 500)
+        patch.setattr(search, "SEARCH_CHUNK", 500)
         patch.setattr(datastore, "SHARD_BATCHES", 1)
         yield
 
@@ -86,9 +87,9 @@ def test_keys_go_on_where_they_were_stopped(six_rows, train, tmp_path, base, mon
 
 def test_a_search_goes_on_where_it_was_stopped(six_rows, train, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    interrupt(monkeypatch, train, folder, Datastore, "search_others", 4)  # the first one measures the recall of the index
+    interrupt(monkeypatch, train, folder, TrainingDatastore, "search_others", 3)
     done = next(folder.glob("stages/neighbours-*/neighbours_done_0.json")).read_text()
-    searches = count_calls(monkeypatch, Datastore, "search_others")
+    searches = count_calls(monkeypatch, TrainingDatastore, "search_others")
     train(folder)
     entries = len(np.load(folder / "datastore_values.npy"))
     assert done == "[[0, 500], [500, 1000]]" and len(searches) == -(-(entries - 1000) // 500)

@@ -291,13 +291,12 @@ def test_a_rerun_with_less_free_memory_keeps_the_index_it_has(train, tmp_path, m
     assert times(tmp_path / "out") == before and chosen[0] != chosen[1]
 
 
-def test_a_lossy_index_tells_a_recall_out_of_reach_and_its_neighbours_have_exact_distances(six_rows, train, tmp_path, base, capsys):
+def test_a_lossy_index_reaches_the_recall_and_its_neighbours_have_exact_distances(six_rows, train, tmp_path, base, capsys):
     folder = train(shutil.copytree(six_rows, tmp_path / "out"), "--index", "PCA8,IVF16,SQ8", "--recall", 0.9, "--num_epochs", 1)
-    found = re.search(r"recall@8 .* (.*), reads (.*) of 16 inverted lists; all find (.*), less than --recall 0.9\n",
-                      capsys.readouterr().out)
-    recall, lists, most = map(float, found.groups())
+    found = re.search(r"recall@8 .* (.*), reads (.*) of 16 inverted lists\n", capsys.readouterr().out)
+    recall, lists = map(float, found.groups())
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert 0.9 * most <= recall + 1e-3 <= most + 1e-3 and recall == round(metrics["index_recall"], 3)
+    assert 0.9 <= recall < 1 and lists < 16 and recall == round(metrics["index_recall"], 3)
     assert index.inverted_lists(faiss.read_index(str(folder / "faiss_index.bin"))).nprobe == metrics["index_nprobe"] == lists
     keys = datastore.open_keys(next(folder.glob("stages/datastore-*/keys.f16")), base.width).astype(np.float64)
     D, I = (np.load(next(folder.glob(f"stages/neighbours-*/neighbours_{name}.npy"))) for name in "DI")
