@@ -108,6 +108,10 @@ class Earlier:
     def stage(self, name):
         return self.folder / "stages" / self.manifest["stages"][name]
 
+    def stages(self):
+        """The folders of all stages, there or not."""
+        return [self.folder / "stages" / name for name in self.manifest["stages"].values()]
+
     def entries_in(self, corpus):
         """Ids of the entries whose example is also in another Corpus."""
         there = set(map(text_of, corpus.examples))

@@ -4,7 +4,6 @@ Letters: B sequences, T positions, H width of the base model's hidden states, C 
 V vocabulary, V' tokens of it that the datastore has seen, K neighbours, P positions in a flat row.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from base_model import file_checksum
 from support.command import UserError
+from support.sealed import unsealed
+from support.shards import new_file
 
 LOGITS_AT_ONCE = 2**25  # numbers in one block of logits: 128 MiB in float32
 SCORES_AT_ONCE = 2**25  # attention scores of one layer up to which a CPU keeps them all in memory
@@ -214,7 +215,8 @@ class MemoryDecoder(nn.Module):
 
     def save(self, path):
         """Write tensors and plain numbers, in float32, to one file."""
-        torch.save({"sizes": self.sizes, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}, path)
+        with new_file(path) as file:
+            torch.save({"sizes": self.sizes, "weights": {k: v.cpu() for k, v in self.state_dict().items()}}, file)
 
     @classmethod
     def load(cls, path):
@@ -322,7 +324,7 @@ def read_manifest(folder):
     if not (folder / "config.json").exists():
         return None
     try:
-        manifest = json.loads((folder / "config.json").read_text())
+        manifest = unsealed(folder / "config.json")
         files = dict(manifest["files"])
         if not files or not {"base_model", "base_fingerprint", "dtype", "sources", "chosen"} <= set(manifest):
             raise ValueError

@@ -21,8 +21,9 @@ from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
 from index import FLAT_LIMIT, choose_index, index_bytes, training_keys
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from search import PAIRS, PROBES, SEARCH_CHUNK
-from support.command import UserError
+from support.command import UserError, undisturbed
 from support.machine import fast_bfloat16, free_memory
+from support.sealed import sealed, unsealed
 from support.shards import write_atomically
 
 PROBED = 64  # about one inverted list in so many is read to reach the usual recall
@@ -50,11 +51,49 @@ class Stage:
 
     @property
     def facts(self):
-        return json.loads((self / "done.json").read_text())
+        return unsealed(self / "done.json")
 
     def finish(self, **facts):
+        """Write done.json: these facts, and a checksum of every file that stays."""
         facts |= {"seconds": round(time.monotonic() - self.began, 3), "resumed": self.resumed}
-        write_atomically(self / "done.json", json.dumps(facts))
+        seal_stage(self.path, facts)
+
+
+def seal_stage(folder, facts):
+    """Write the done.json of a stage, with a checksum of every file that stays."""
+    files = [path for path in folder.iterdir() if path.name not in ("done.json", "checkpoint.pt") and path.suffix != ".part"]
+    facts["files"] = {path.name: file_checksum(path) for path in sorted(files)}
+    write_atomically(folder / "done.json", sealed(facts))
+
+
+def check_finished(folders):
+    """Remove each finished stage of which a file is not as it was when the stage was finished. The run then makes it anew.
+
+    Also remove what a killed run has left over in finished stages.
+    """
+    for folder in folders:
+        if damaged := damaged_file(folder):
+            print(f"The file {damaged} is damaged; its stage is made anew.", flush=True)
+            shutil.rmtree(folder)
+        elif (folder / "done.json").exists():
+            facts = unsealed(folder / "done.json")
+            if "files" not in facts:  # of an earlier version
+                seal_stage(folder, facts)
+            for path in folder.iterdir():
+                if path.name != "done.json" and path.name not in facts["files"]:
+                    path.unlink()
+
+
+def damaged_file(folder):
+    """The path of a damaged or missing file of a finished stage. None if there is none, or if the stage is not finished."""
+    if not (folder / "done.json").exists():
+        return None
+    try:
+        files = unsealed(folder / "done.json").get("files", {})  # those of earlier versions have none
+    except ValueError:
+        return folder / "done.json"
+    return next((folder / name for name, checksum in files.items()
+                 if not (folder / name).exists() or file_checksum(folder / name) != checksum), None)
 
 
 class Stages:
@@ -102,7 +141,7 @@ def publish(options, base, corpus, metrics, stages, output):
         "options": {name: str(value) if value == math.inf else value for name, value in dataclasses.asdict(options).items()},
         "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
     }
-    write_atomically(output / NEW_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(output / NEW_MANIFEST, sealed(manifest, indent=2))
     finish_publishing(output)
 
 
@@ -113,15 +152,20 @@ def finish_publishing(output):
     """
     if not (output / NEW_MANIFEST).exists():
         return
-    manifest = json.loads((output / NEW_MANIFEST).read_text())
-    (output / "config.json").unlink(missing_ok=True)  # after a kill between two replacements, the folder must not look complete
-    for name in manifest["files"]:
-        if (output / f"{name}.part").exists():
-            os.replace(output / f"{name}.part", output / name)
-    for folder in output.joinpath("stages").iterdir():
-        if folder.is_dir() and folder.name not in manifest["stages"].values():
-            shutil.rmtree(folder)
-    os.replace(output / NEW_MANIFEST, output / "config.json")
+    try:
+        manifest = unsealed(output / NEW_MANIFEST)
+    except ValueError:  # the run publishes again
+        (output / NEW_MANIFEST).unlink()
+        return
+    with undisturbed():  # in between, nobody can open the folder
+        (output / "config.json").unlink(missing_ok=True)  # after a kill between two replacements it must not look complete
+        for name in manifest["files"]:
+            if (output / f"{name}.part").exists():
+                os.replace(output / f"{name}.part", output / name)
+        for folder in output.joinpath("stages").iterdir():
+            if folder.is_dir() and folder.name not in manifest["stages"].values():
+                shutil.rmtree(folder)
+        os.replace(output / NEW_MANIFEST, output / "config.json")
 
 
 def plan(options, base, windows, held_windows, seen, stages, is_main=True, learned=None):

@@ -7,6 +7,7 @@ Every stage keeps its result under <output_dir>/stages. So a stopped run goes on
 whose inputs have not changed is not run again. Artefacts are replaced only when all stages are done.
 """
 
+import errno
 import io
 import json
 import math
@@ -40,10 +41,10 @@ from earlier import Claim, Earlier, earlier_options
 from index import build_index, grow_index, inverted_lists
 from memory_decoder import MemoryDecoder, check_heads
 from search import TrainingDatastore, find_neighbours
-from stages import Stages, plan, publish
+from stages import Stages, check_finished, plan, publish
 from support import command
 from support.command import Terminated, UserError, fail, one_line, option, terminated
-from support.shards import write_atomically
+from support.shards import new_file, write_atomically
 from texts import entries_of, windows_of_sources
 from training import REPLAYED, train_decoder, training_temperature
 
@@ -138,7 +139,8 @@ def build_datastore(options, base, corpus, windows, entries, stage, earlier, acc
         if accelerator.is_main_process:
             if found:
                 copy_keys(found[0] / "keys.f16", earlier.entries_in(corpus), stage / "keys.f16", base.width)
-            np.save(stage / "datastore_values.npy", entries.values)
+            with new_file(stage / "datastore_values.npy") as file:
+                np.save(file, entries.values)
             write_examples(corpus.examples, stage / "examples.jsonl")
         accelerator.wait_for_everyone()
         write_keys(base, windows, entries.offsets, stage / "keys.f16", options.batch_size, known, accelerator.process_index,
@@ -159,7 +161,8 @@ def make_index(options, keys, entries, factory, stage, grown, earlier):
             index, mean = build_index(keys, factory, options.seed)
         np.savez(stage / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
         recall = store_of(index, keys, entries, None, stage).tune(options.k, options.recall, options.seed)
-        faiss.write_index(index, str(stage / "faiss_index.bin"))
+        with new_file(stage / "faiss_index.bin") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         lists = inverted_lists(index)
         stage.finish(recall=recall, nprobe=lists and lists.nprobe, lists=lists and lists.nlist)
     facts = stage.facts
@@ -287,6 +290,9 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
     grown = earlier if options.add and not options.forget else None
     stages = Stages(output / "stages", options, base, corpus, grown and grown.manifest["stages"])
     claim.make_folder()
+    if accelerator.is_main_process:
+        check_finished([*(stage.path for stage in stages), *(earlier.stages() if earlier else [])])
+    accelerator.wait_for_everyone()
     known, decoder = (len(windows) - len(grown.new(windows, corpus)), grown.decoder()) if grown else (0, None)
     seen = len(np.unique(entries.values)) if options.head_init == "base" else base.vocabulary
     factory = plan(options, base, windows, held_windows, seen, stages, accelerator.is_main_process,
@@ -310,14 +316,19 @@ def main():
     # would not run while they wait for the one that failed.
     if "LOCAL_RANK" not in os.environ:
         signal.signal(signal.SIGTERM, terminated)
+    options = None
     try:
-        run(parse_options())
+        options = parse_options()
+        run(options)
     except UserError as error:
         sys.exit(fail(str(error)))
     except KeyboardInterrupt as stop:
         print("\nStopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = options.output_dir if options else "--output_dir"
+            sys.exit(fail(f"The disk of {where} is full; make room, and the same command goes on from here."))
         sys.exit(fail(f"A file could not be read or written: {one_line(error)}; the same command goes on from here."))
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if "Connection closed by peer" in str(error):

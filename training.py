@@ -14,6 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from datastore import default_temperature, knn_weights, seen_tokens
 from memory_decoder import MemoryDecoder, TrainingLoss
+from support.shards import new_file
 
 CHECKPOINT_SECONDS = 120
 # Added text is learned at half the learning rate, with four windows of old text for each new one. At the full learning rate,
@@ -142,7 +143,8 @@ def train_decoder(options, base, keys, entries, stages, accelerator, earlier=Non
 def save_checkpoint(stage, decoder, optimizer, schedule, step, losses):
     state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
              "step": step, "losses": losses}
-    torch.save(state, stage / "checkpoint.part")
+    with new_file(stage / "checkpoint.part") as file:
+        torch.save(state, file)
     os.replace(stage / "checkpoint.part", stage / "checkpoint.pt")
 
 

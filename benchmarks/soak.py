@@ -14,10 +14,11 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks"):
+for folder in (ROOT / "benchmarks", ROOT / "tests", ROOT):  # the root comes first: stages.py is also the name of a benchmark
     sys.path.insert(0, str(folder))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -55,10 +56,14 @@ def main(arguments=None):
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--model_dir", type=Path, default=ROOT / "demo/trained_models", help="the demo's memory, for long forms")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="a folder to work in that is kept, so that a stopped test goes on; default: a "
+                                                  "temporary one")
     given = parser.parse_args(arguments)
     outcomes = []
-    with tempfile.TemporaryDirectory() as name:
-        place = short_place(Path(name)) if given.short else long_place(Path(name), given.model_dir)
+    with nullcontext(given.work) if given.work else tempfile.TemporaryDirectory() as name:
+        work = Path(name).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        place = short_place(work) if given.short else long_place(work, given.model_dir)
         place.seed = given.seed
         for part in given.parts:
             began = time.monotonic()

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import field
 
 from transformers import HfArgumentParser
@@ -19,6 +20,21 @@ def terminated(*_):
     """A signal handler that raises Terminated. It ignores a second SIGTERM, since `timeout` may send two."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
+
+
+@contextmanager
+def undisturbed():
+    """Hold back Ctrl-C and SIGTERM until the end of what must not be left half done."""
+    held, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in held[:1]:
+        signal.raise_signal(number)
 
 
 def option(default, text, **more):

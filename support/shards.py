@@ -15,6 +15,39 @@ def write_atomically(path, text):
     os.replace(part, path)
 
 
+class Plain:
+    """A file that has only `write`, so that a library writes through it and keeps no door of its own to the disk."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+@contextmanager
+def new_file(path):
+    """A new file for numpy, torch or faiss to write. An error of the disk is always an OSError that says which.
+
+    When they write by themselves, they report a full disk as an error of another kind, or without its number.
+    """
+    with open(path, "wb") as file:
+        plain = Plain(file)
+        try:
+            yield plain
+        except RuntimeError:  # torch raises its own after the one of the disk
+            if plain.error:
+                raise plain.error from None
+            raise
+
+
 class Shards:
     """The shards that this process has left to do, as slices. Each is noted as done when the next one is asked for.
 

@@ -24,6 +24,7 @@ import train_memory_decoder
 from base_model import DEMO_MODEL, DEMO_PACKAGE, INSTALL_DEMO
 from chat import Chat
 from memory_decoder import read_manifest
+from support.sealed import sealed, unsealed
 
 QUESTION = "Can my boss refuse to pay me overtime?"
 LIVELY = ("--device", "cpu", "--temperature", "2", "--alpha", "0.5", "--seed", "3")
@@ -99,8 +100,8 @@ def test_the_right_base_model_at_another_place_is_accepted(trained, tiny_gemma, 
 
 
 def test_a_memory_of_the_demos_model_without_its_package_names_the_pip_command(copied, the_line, monkeypatch):
-    manifest = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**manifest, "base_model": DEMO_MODEL}))
+    manifest = unsealed(copied / "config.json")
+    (copied / "config.json").write_text(sealed({**manifest, "base_model": DEMO_MODEL}))
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == DEMO_PACKAGE else real(name, *more))
     line = the_line("--model_dir", copied, "--device", "cpu")
