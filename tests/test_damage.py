@@ -71,8 +71,9 @@ def folder(whole, tmp_path):
 
 @pytest.fixture
 def signals():
-    """After the test, Ctrl-C and SIGTERM do what they did before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Ctrl-C and SIGTERM end a training. After the test they do what they did before; a shell's background job ignores Ctrl-C."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminated}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -259,7 +260,6 @@ def at_replacement(monkeypatch, path, work):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_artefacts_are_replaced_waits_until_all_are(number, folder, other, train, monkeypatch, signals):
-    signal.signal(signal.SIGTERM, terminated)
     at_replacement(monkeypatch, folder / "datastore_values.npy", lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt) as stop:
         train(folder, *OTHER)
@@ -268,7 +268,6 @@ def test_a_signal_while_artefacts_are_replaced_waits_until_all_are(number, folde
 
 
 def test_signals_that_were_held_back_come_once_and_work_as_before_afterwards(signals):
-    signal.signal(signal.SIGTERM, terminated)
     done = []
     with pytest.raises(Terminated):
         with undisturbed():

@@ -1,6 +1,7 @@
 """The checks of the soak test can fail: each wrong end is noticed, and each fault is counted."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -245,11 +246,17 @@ def test_a_reference_of_another_command_is_refused(whole, folder):
         check_command(whole, folder)
 
 
-def test_every_file_is_damaged_as_often_as_any_other(whole):
-    names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
-    dealt = Counter(files.dealt(whole, files.random.Random(0), 2 * len(names)))
-    assert dealt == dict.fromkeys(names, 2) and len(names) > 25
-    assert len(files.dealt(whole, files.random.Random(0), 7)) == 7
+@pytest.mark.parametrize("short", [True, False])
+def test_every_file_is_damaged_as_often_as_any_other_and_artefacts_two_hundred_times(short, whole):
+    names = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size}
+    artefacts = {name for name in names if name.parts[0] != "stages"}
+    drawn = files.damages(whole, files.random.Random(0), short)
+    assert {name for name, _ in drawn} == names and len(artefacts) == 11
+    assert Counter(name for name, kind in drawn if kind == "missing" and name in artefacts) == dict.fromkeys(artefacts, 1)
+    for some, count in ((artefacts, files.ARTEFACTS[short] + len(artefacts)), (names - artefacts, files.STAGES[short])):
+        times = Counter(name for name, _ in drawn if name in some)
+        assert times.total() == count and max(times.values()) <= min(times.values()) + 1
+    assert files.ARTEFACTS[False] >= 200
 
 
 @pytest.mark.parametrize("kind", sorted(set(files.KINDS)))
@@ -300,6 +307,35 @@ def test_damage_in_a_stage_that_nothing_notices_is_a_failure(whole, folder):
     assert files.noticed(whole, folder, name.with_name("done.json")) == ("It was not noticed.", "failed")
     files.damage(folder / name, "cut", files.random.Random(0))
     assert files.noticed(whole, folder, name.with_name("examples.jsonl"))[1] == "failed"  # another file is named
+
+
+KILLED_IN_A_BAR = """
+import sys, time
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from faults.runs_beside import Beside
+from tqdm.auto import tqdm
+
+def holds():
+    with tqdm.get_lock():
+        print("holds", flush=True)
+        time.sleep(600)
+
+tqdm(range(2), disable=False).close()
+logs = Path(sys.argv[3])
+with Beside(logs / "one", holds, "one") as one:
+    while "holds" not in one.out.read_text():
+        time.sleep(0.01)
+with Beside(logs / "two", lambda: print(list(tqdm(range(2)))), "two") as two:
+    print(two.ended().stdout)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot copy a process")
+def test_a_copy_that_is_killed_while_it_draws_a_bar_stops_no_other(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_A_BAR, ROOT / "benchmarks", ROOT, tmp_path], text=True,
+                          capture_output=True, timeout=60)
+    assert done.stdout == "[0, 1]\n\n"
 
 
 # The table
