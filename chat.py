@@ -229,7 +229,7 @@ class Chat:
         ids = encode_to_end(base, self.template, self.template.answered(question, text))
         begin = min(shared_prefix(base.encode(self.template.prompt(question)), ids), len(ids) - 1)
         if len(ids) > base.max_positions:
-            raise UserError(f"Question and answer have {len(ids)} tokens, but {base.name} reads at most {base.max_positions}.")
+            raise UserError(f"Question and answer have {len(ids)} tokens, but {base.title} reads at most {base.max_positions}.")
         skip = model.skipped(ids)
         scores = evaluation.score_positions(base, model.decoder, [Window(0, ids, skip, skip)], sweep=True)
         auto, alpha = evaluation.gated(model.gate, scores, evaluation.evidence_before(scores))
