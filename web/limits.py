@@ -43,7 +43,7 @@ def settings():
     handlers = {RequestValidationError: sentence(422, NOT_READ), FnIndexInferError: sentence(404, NO_SUCH_EVENT),
                 KeyError: sentence(404, NO_SUCH_EVENT), Exception: sentence(500, FAILED)}
     return {"state_session_capacity": SESSIONS, "enable_monitoring": False, "run_history": False, "show_error": False,
-            "max_file_size": 1, "app_kwargs": {"middleware": [Middleware(Limits)], "exception_handlers": handlers}}
+            "max_file_size": 1, "app_kwargs": {"middleware": [Middleware(Limits, BODY, PATIENCE)], "exception_handlers": handlers}}
 
 
 def sentence(code, words):
@@ -80,7 +80,7 @@ class Blocks(gr.Blocks):
 class Limits:
     """ASGI middleware that refuses other addresses and large requests, and drops events to which nobody listens."""
 
-    def __init__(self, app, body=BODY, patience=PATIENCE):
+    def __init__(self, app, body, patience):
         self.app, self.body, self.patience = app, body, patience
         self.listening, self.unheard, self.watching = Counter(), {}, None  # unheard: {session: since when}
 
@@ -123,9 +123,10 @@ class Limits:
             await self.app(scope, receive, watched)
         finally:
             self.listening -= Counter([session])
-            if not ended and session not in self.listening:
+            for_one_call = session == event_of(scope)  # gradio made such a session itself
+            if session not in self.listening and (for_one_call or not ended):
                 await forget(blocks, session)
-            if session == event_of(scope):  # gradio made this session for one call
+            if for_one_call:
                 blocks.state_holder.session_data.pop(session, None)
                 blocks.state_holder.time_last_used.pop(session, None)
             await self.sweep(blocks)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -232,7 +233,10 @@ def example_questions(questions):
 
 
 def untrained(folder, line, demo):
-    """The page that is shown when there is no memory yet."""
+    """The page that is shown when there is no memory yet. An absolute folder is not for visitors to know."""
+    if Path(folder).is_absolute():
+        line = line.replace(shlex.quote(folder), "FOLDER")
+        folder = Path(folder).name
     with limits.Blocks(title="Memory Decoder") as page:
         words = (f"## Nothing is trained yet\nThere is no memory in `{folder}`. Run\n\n    {line}\n\nand start this page again."
                  + ("" if demo else " Without a GPU, account or network, add `--demo` to both commands."))
