@@ -1,5 +1,6 @@
 """Damaged files of a trained folder, and trainings that are stopped while they write. Nothing is half done or goes unnoticed."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,11 @@ from support.command import Terminated, UserError, terminated, undisturbed
 from support.sealed import sealed, unsealed
 from support.shards import new_file
 from web import page
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 sys.path.append(str(ROOT / "benchmarks"))
 from faults.same import differences
@@ -322,7 +328,21 @@ def test_an_error_of_the_disk_keeps_its_number_when_torch_and_numpy_write(size, 
     for write in (lambda file: np.save(file, np.zeros(size)), lambda file: torch.save(torch.zeros(size), file)):
         with pytest.raises(OSError, match="No space left") as failed, new_file(tmp_path / "full") as file:
             write(file)
-        assert failed.value.errno == 28
+        assert failed.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit of a file's size")
+@pytest.mark.parametrize("write", [lambda file: np.save(file, np.zeros(2**20)), lambda file: torch.save(torch.zeros(2**20), file)],
+                         ids=["numpy", "torch"])
+def test_an_error_of_the_disk_keeps_its_number_when_a_part_was_still_written(write, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match="File too large") as failed, new_file(tmp_path / "file") as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+        try:
+            write(file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG and 0 < (tmp_path / "file").stat().st_size <= 2**20
 
 
 def test_another_error_than_the_disks_is_left_as_it_is(tmp_path):

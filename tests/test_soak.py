@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import faiss
@@ -21,7 +22,7 @@ from support.sealed import sealed, unsealed
 
 sys.path.append(str(ROOT / "benchmarks"))
 import soak
-from faults import files, stopped
+from faults import asking, files, stopped
 from faults.common import Outcome, Place, refusal
 from faults.killed import KILLS, check_command, moments
 from faults.runs_beside import STAGES, complaint, stage_of
@@ -307,6 +308,23 @@ def test_damage_in_a_stage_that_nothing_notices_is_a_failure(whole, folder):
     assert files.noticed(whole, folder, name.with_name("done.json")) == ("It was not noticed.", "failed")
     files.damage(folder / name, "cut", files.random.Random(0))
     assert files.noticed(whole, folder, name.with_name("examples.jsonl"))[1] == "failed"  # another file is named
+
+
+@pytest.mark.parametrize(("answers", "news", "failure"), [
+    ("aaaaaaaa", [False, True], None), ("aaabbbbb", [False, True], "in neighbours"),
+    ("aaaaaaab", [False, True], "after the training"),
+    ("aaaaaaaa", [True, True], "at once"), ("aaaaaaaa", [False, False], "does not say")],
+    ids=["good", "another answer during", "another answer after", "news too early", "no news"])
+def test_a_page_must_answer_alike_all_the_time_and_tell_the_news_at_the_end(answers, news, failure, whole, monkeypatch):
+    said, told, falls = iter(answers), iter(news), iter(STAGES)
+    page = SimpleNamespace(answer=lambda: next(said), tells_news=lambda: next(told))
+    monkeypatch.setattr(asking, "opened", lambda *_: nullcontext(page))
+    monkeypatch.setattr(asking, "training", lambda *_: nullcontext(SimpleNamespace(ended=lambda: ended(0))))
+    monkeypatch.setattr(asking, "wait_for_stage", lambda *_: True)
+    monkeypatch.setattr(asking, "stage_of", lambda *_: next(falls))
+    outcome = asking.page_open(None, whole, whole)
+    assert outcome.tried == len(STAGES) + 4 and bool(outcome.failures) == bool(failure)
+    assert failure is None or failure in outcome.failures[0]
 
 
 KILLED_IN_A_BAR = """
