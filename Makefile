@@ -1,10 +1,10 @@
 # make demo: install, train on the embedded default, open the chat.    make test: install, lint, test.
-# make pictures: the README's pictures, of the demo's page.
+# make pictures: the README's pictures, of the demo's page.    make soak: faults of every kind against the demo, for hours.
 # make bench: both scripts at the real size of Gemma-2b, random weights, on the CPU.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench pictures
+.PHONY: demo test bench pictures soak
 demo: .venv/demo
 	$(BIN)/python train_memory_decoder.py --demo
 	$(BIN)/python app.py --demo
@@ -15,6 +15,9 @@ test: .venv/dev
 
 bench: .venv/demo
 	$(BIN)/python benchmarks/gemma_2b_shape.py --folder build/gemma_2b_shape
+
+soak: .venv/dev .venv/demo
+	$(BIN)/python benchmarks/soak.py
 
 pictures: .venv/dev
 	$(BIN)/python benchmarks/pictures.py

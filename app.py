@@ -165,7 +165,7 @@ def free_port(host):
 
 
 def serve(options, manifest):
-    """Open the page and wait."""
+    """Open the page and wait. When a visitor asks for the memory that was trained since, open a page of that one."""
     login = credentials(options)
     check_address(options)
     check_access(options, login)
@@ -179,13 +179,15 @@ def serve(options, manifest):
 
     host = host_of(options.server_name)
     port = options.server_port or free_port(host)
-    if chat:
-        blocks = page.Page(chat, options).build()
-    else:
-        print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
-        blocks = page.untrained(options.model_dir, training_command(options), options.demo)
+    address = {"server_name": f"[{host}]" if ":" in host else host, "server_port": port, "auth": login}
     try:
-        page.launch(blocks, server_name=f"[{host}]" if ":" in host else host, server_port=port, auth=login)
+        if chat is None:
+            print(f"Nothing is trained yet in {options.model_dir}; the page says how.", flush=True)
+            page.launch(page.untrained(options.model_dir, training_command(options), options.demo), **address)
+        while chat:
+            opened = page.Page(chat, options)
+            page.launch(opened.build(), **address)
+            chat = opened.followed_by()
     except httpx.TransportError as error:  # gradio could not open the page itself
         raise UserError(f"The page cannot be reached at {options.server_name} ({one_line(error)}); check --server_name.") from None
 

@@ -93,9 +93,12 @@ class Chat:
         self.max_turns, self.metrics, self.manifest = max_turns, metrics or {}, manifest or {}
 
     @classmethod
-    def open(cls, options, manifest):
-        """Load everything the manifest names. Raises UserError if the base model is not the one used in training."""
-        base = BaseLM.load(options.base_model or manifest["base_model"], manifest["dtype"], options.device)
+    def open(cls, options, manifest, base=None):
+        """Load everything the manifest names. Raises UserError if the base model is not the one used in training.
+
+        base: the base model, if it is loaded already.
+        """
+        base = base or BaseLM.load(options.base_model or manifest["base_model"], manifest["dtype"], options.device)
         if base.fingerprint != manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
                             f"({manifest['base_model']}); name that one with --base_model or train again.")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import httpx
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,6 +30,7 @@ from sources.rows import Example
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
 ROWS = DEMO_ROWS[::2]  # each answer once
+BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Like Gemma's, but small: a mark, the role and a newline before a turn, and another mark after it.
@@ -130,14 +134,13 @@ def trained(tmp_path_factory, tiny_gemma, rows_file):
     return folder
 
 
-@pytest.fixture(scope="session")
-def address(trained, tmp_path_factory):
-    """The address at which `app.py --model_dir` serves the trained folder, for all tests that visit or call it."""
-    log = tmp_path_factory.mktemp("app") / "log.txt"
+@contextmanager
+def served(folder, log):
+    """The address at which `app.py --model_dir` serves a folder. log: a file for what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--model_dir", str(trained), "--server_port", str(port), "--device", "cpu"]
+    command = [sys.executable, "app.py", "--model_dir", str(folder), "--server_port", str(port), "--device", "cpu"]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # several threads round differently from call to call
     with open(log, "w") as out, subprocess.Popen(command, cwd=ROOT, env=alone, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
@@ -145,6 +148,25 @@ def address(trained, tmp_path_factory):
             yield f"http://127.0.0.1:{port}/"
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def address(trained, tmp_path_factory):
+    """The address of the trained folder's page, for all tests that visit or call it."""
+    with served(trained, tmp_path_factory.mktemp("app") / "log.txt") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up("no chromium, chromium-browser or google-chrome is on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
 
 
 def wait_for(process, address, log):

@@ -1,14 +1,12 @@
 """The page as a user sees it, in a headless Chromium, on a tiny memory."""
 
 import json
-import os
 import re
-import shutil
 
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from runs import stored_rows
 
 from app import Options
@@ -18,21 +16,8 @@ from memory_decoder import read_manifest
 
 QUESTION = "Can my boss refuse to pay me overtime?"
 ODD = "Write to <address> about <title>, <b>now</b> and <landlord> 1 < 2, **x** or $y$ &lt;"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 WAIT = 60_000
 LONG = 450  # tokens that take seconds even here
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no chromium, chromium-browser or google-chrome is on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

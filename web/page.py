@@ -5,20 +5,22 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import gradio as gr
 import pandas as pd
 
-from chat import EVERY_RULE, RANGES
+from chat import EVERY_RULE, RANGES, Chat
 from generation import KNN, RULES
-from support.command import whole_text
+from memory_decoder import read_manifest
+from support.command import UserError, whole_text
 from web import limits, panels
-from web.api import Api
+from web.api import Api, refusal
 from web.session import CONTROLS, Desk, Session
 
 EXAMPLES = 4
 PRESETS = {"precise": (0.2, 50), "balanced": (0.7, 50), "lively": (1.0, 100)}  # temperature, top-k
-TRAINED_AGAIN = "This memory was trained again. Restart app.py to load it."
+TRAINED_AGAIN = "This memory was trained again."
 LEGAL = "General information, not legal advice."
 PHONE = 768  # pixels up to which the settings are folded at first
 COPY_JS = "() => navigator.clipboard.writeText(document.querySelector('#tokens .answer')?.innerText ?? '')"
@@ -37,6 +39,7 @@ class Page:
 
     def __init__(self, chat, options):
         self.chat, self.options, self.desk = chat, options, Desk(chat)
+        self.newer = self.closing = None  # the Chat of the memory that was trained since, once a visitor has asked for it
 
     def build(self):
         """The gr.Blocks of the whole page."""
@@ -45,7 +48,7 @@ class Page:
         with limits.Blocks(title="Memory Decoder") as page:
             gr.HTML(f"<h1>Memory Decoder</h1><p>{name}, frozen, with a memory of {len(chat.store.examples):,} texts "
                     f"({len(chat.store):,} entries). {LEGAL if is_legal(chat) else ''}</p>", elem_id="title")
-            self.news = gr.HTML(visible=False, elem_id="news")
+            self.news = gr.HTML(visible=False, elem_id="news", js_on_load=panels.NEWS_JS)
             self.session, self.width = gr.State(Session()), gr.Number(visible="hidden", label="width")
             self.browser = gr.BrowserState([], storage_key=f"memory-decoder-{self.mark()}", secret=self.mark())
             samples = [[question] for question in example_questions(chat.questions())]
@@ -58,6 +61,7 @@ class Page:
                     self.build_controls()
             self.wire(page)
             self.build_api()
+        self.blocks = page
         return page
 
     def mark(self):
@@ -71,7 +75,29 @@ class Page:
             other = not manifest["files"]["memory_decoder.pt"].startswith(self.mark())
         except (OSError, ValueError, LookupError, TypeError):  # a training is just putting its files in place
             other = False
-        return gr.HTML(f'<p role="status">{TRAINED_AGAIN}</p>' if other else "", visible=other)
+        return gr.HTML(f'<p role="status">{TRAINED_AGAIN} <button>Load it</button></p>' if other else "", visible=other)
+
+    def load_again(self):
+        """Load the memory that is in the folder by now, and close this page. app.py then opens another at the same address.
+
+        If the new memory cannot be opened, this page stays and says why.
+        """
+        if not self.trained_again().visible:
+            return
+        try:
+            manifest = read_manifest(self.options.model_dir)
+            same = all(manifest[name] == self.chat.manifest[name] for name in ("base_model", "base_fingerprint", "dtype"))
+            self.newer = Chat.open(self.options, manifest, self.chat.model.base if same else None)
+        except UserError as error:
+            raise refusal(error) from None
+        self.closing = Thread(target=self.blocks.close)  # a thread of its own, since this request must still be answered
+        self.closing.start()
+
+    def followed_by(self):
+        """The Chat of the page that comes after this one, once this one is closed. None if nobody asked for one."""
+        if self.closing:
+            self.closing.join()
+        return self.newer
 
     def build_api(self):
         api = Api(self.chat, {name: control.value for name, control in self.controls.items()})
@@ -213,6 +239,8 @@ class Page:
         self.measure_button.click(desk.explore, [self.explored_question, self.explored_answer, self.controls["alpha"]],
                                   [self.curve, self.curve_words], **model)
         page.load(self.trained_again, None, self.news, **quick)
+        self.news.select(None, js=panels.LOAD_JS, api_visibility="private")
+        self.news.select(self.load_again, None, None, **model)
         page.load(desk.restore, [self.browser, *here], shown, **quick)
         page.load(lambda width: gr.Accordion(open=width > PHONE), self.width, self.settings, js="() => window.innerWidth", **quick)
 

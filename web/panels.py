@@ -85,6 +85,20 @@ document.addEventListener('keydown', event => {
     if (event.key === 'Escape') document.querySelectorAll('.stop').forEach(button => button.click());
 });
 """
+NEWS_JS = """
+element.addEventListener('click', event => {
+    if (event.target.closest('button')) trigger('select', {});
+});
+"""
+# A page of another memory has another id. Until it is there, the address does not answer.
+LOAD_JS = """async () => {
+    const asked = () => fetch(`${window.gradio_config.root}/gradio_api/app_id`).then(answer => answer.text()).catch(() => null);
+    const before = await asked();
+    const again = setInterval(async () => {
+        const now = await asked();
+        if (now && now !== before) { clearInterval(again); location.reload(); }
+    }, 1000);
+}"""
 CANDIDATES_JS = """
 element.addEventListener('click', event => {
     const button = event.target.closest('[data-token]');
