@@ -58,6 +58,11 @@ class BaseLM:
         self._check_logits()
         self._check_cache()
 
+    @property
+    def title(self):
+        """The name for visitors of the page, who must not learn a folder of this machine."""
+        return Path(self.name).name if os.path.exists(self.name) else self.name
+
     @classmethod
     def load(cls, name, dtype="auto", device="auto"):
         """Load from the hub, a folder, a .gguf file or, for DEMO_MODEL, the installed package.

@@ -27,6 +27,7 @@ EVERY_RULE = (*RULES, AUTO, KNN)
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
           "no_repeat": (0, 50), "knn_k": (1, 256), "knn_temperature": (1e-3, 1e6)}
 SEEDS = 2**31
+LETTERS = 32  # of a text for each token that the base model reads at most; more is refused unread, since reading it takes long
 SNIPPET = 40  # tokens of a passage before the entry's own
 END = "(end)"
 VOICES = ("base alone", "blend", "memory alone")
@@ -122,7 +123,9 @@ class Chat:
         """
         if not isinstance(message, str) or not message.strip():
             raise UserError("Type a question first.")
-        message, turns = whole_text(message.strip()), [(whole_text(asked), whole_text(said)) for asked, said in turns]
+        message = whole_text(message.strip())
+        self.check_letters(message)
+        turns = [(whole_text(asked), whole_text(said)) for asked, said in self.recent(turns)]
         values = self.search_defaults | values
         rule = values.pop("rule", RULES[0])
         if rule not in EVERY_RULE:
@@ -130,8 +133,28 @@ class Chat:
         values = check_ranges(max_new_tokens=max_new_tokens, k=k, **values)
         length, k, seed = values.pop("max_new_tokens"), values.pop("k"), whole_seed(seed)
         self.model.check(rule, len(self.model.base.encode(self.template.prompt(message))), length)
-        return Answer(message, turns[max(0, len(turns) - self.max_turns):], Settings(rule=rule, **values), length,
+        return Answer(message, turns, Settings(rule=rule, **values), length,
                       random.randrange(SEEDS) if seed is None else seed, k)
+
+    @property
+    def most_letters(self):
+        return LETTERS * self.model.base.max_positions
+
+    def check_letters(self, *texts):
+        """Raise UserError for texts that are surely too long."""
+        if (letters := sum(map(len, texts))) > self.most_letters:
+            raise UserError(f"The text has {letters:,} letters, and {self.model.base.title} never reads more than "
+                            f"{self.most_letters:,}; shorten it.")
+
+    def recent(self, turns):
+        """The last turns, without those that would surely not fit."""
+        kept, left = [], self.most_letters
+        for asked, said in reversed(turns[max(0, len(turns) - self.max_turns):]):
+            left -= len(asked) + len(said)
+            if left < 0:
+                break
+            kept.insert(0, (asked, said))
+        return kept
 
     def write(self, answer, first=None):
         """Yield the answer after each token that is added to it. first: the id of the first one, if it is not to be sampled."""
@@ -226,10 +249,11 @@ class Chat:
         if not all(isinstance(given, str) and given.strip() for given in (question, text)):
             raise UserError("Type a question and an answer first.")
         question, text = whole_text(question.strip()), whole_text(text.strip())
+        self.check_letters(question, text)
         ids = encode_to_end(base, self.template, self.template.answered(question, text))
         begin = min(shared_prefix(base.encode(self.template.prompt(question)), ids), len(ids) - 1)
         if len(ids) > base.max_positions:
-            raise UserError(f"Question and answer have {len(ids)} tokens, but {base.name} reads at most {base.max_positions}.")
+            raise UserError(f"Question and answer have {len(ids)} tokens, but {base.title} reads at most {base.max_positions}.")
         skip = model.skipped(ids)
         scores = evaluation.score_positions(base, model.decoder, [Window(0, ids, skip, skip)], sweep=True)
         auto, alpha = evaluation.gated(model.gate, scores, evaluation.evidence_before(scores))

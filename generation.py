@@ -273,7 +273,7 @@ class MemoryAugmentedLM:
     def check(self, rule, prompt_length, max_new_tokens):
         """Raise UserError for an answer that is too long for the base model, or a rule that this memory cannot follow."""
         if prompt_length + max_new_tokens > self.base.max_positions:
-            raise UserError(f"The prompt has {prompt_length} tokens and the answer up to {max_new_tokens}, but {self.base.name} "
+            raise UserError(f"The prompt has {prompt_length} tokens and the answer up to {max_new_tokens}, but {self.base.title} "
                             f"reads at most {self.base.max_positions}; shorten the question or lower max new tokens.")
         if rule == AUTO and self.gate is None:
             raise UserError("This memory has no automatic alpha; train it again to get one.")

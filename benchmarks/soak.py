@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,8 @@ for folder in (ROOT / "benchmarks", ROOT / "tests", ROOT):  # the root comes fir
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from faults.common import Place, script
+from faults.common import Place
+from faults.runs_beside import finished
 
 PARTS = ("killed", "files", "inputs", "load", "attack", "repeat")
 
@@ -35,9 +37,9 @@ def short_place(work):
 
     rows = jsonl(work / "rows.jsonl", ROWS[::18][:24])
     training = ["--base_model", str(make_tiny_gemma(work / "model")), "--dataset", str(rows), *SMALL]
-    done = script("train_memory_decoder.py", *training, "--output_dir", work / "trained")
+    done = finished(place := Place(work, training), work / "trained")
     assert done.returncode == 0, done.stderr
-    return Place(work, training, work / "trained")
+    return replace(place, trained=work / "trained")
 
 
 def long_place(work, model_dir):

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pandas as pd
 from chat import EVERY_RULE, RANGES
 from generation import KNN, RULES
 from support.command import whole_text
-from web import panels
+from web import limits, panels
 from web.api import Api
 from web.session import CONTROLS, Desk, Session
 
@@ -40,8 +41,8 @@ class Page:
     def build(self):
         """The gr.Blocks of the whole page."""
         chat, model = self.chat, self.chat.model
-        name = html.escape(Path(model.base.name).name)
-        with gr.Blocks(title="Memory Decoder") as page:
+        name = html.escape(Path(model.base.title).name)
+        with limits.Blocks(title="Memory Decoder") as page:
             gr.HTML(f"<h1>Memory Decoder</h1><p>{name}, frozen, with a memory of {len(chat.store.examples):,} texts "
                     f"({len(chat.store):,} entries). {LEGAL if is_legal(chat) else ''}</p>", elem_id="title")
             self.news = gr.HTML(visible=False, elem_id="news")
@@ -232,8 +233,11 @@ def example_questions(questions):
 
 
 def untrained(folder, line, demo):
-    """The page that is shown when there is no memory yet."""
-    with gr.Blocks(title="Memory Decoder") as page:
+    """The page that is shown when there is no memory yet. An absolute folder is not for visitors to know."""
+    if Path(folder).is_absolute():
+        line = line.replace(shlex.quote(folder), "FOLDER")
+        folder = Path(folder).name
+    with limits.Blocks(title="Memory Decoder") as page:
         words = (f"## Nothing is trained yet\nThere is no memory in `{folder}`. Run\n\n    {line}\n\nand start this page again."
                  + ("" if demo else " Without a GPU, account or network, add `--demo` to both commands."))
         gr.Markdown(whole_text(words))
@@ -249,9 +253,9 @@ def launch(blocks, **address):
                                  block_title_text_color="*primary_700", block_label_text_color="*primary_700",
                                  body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
                                  block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
-    blocks.queue(max_size=16)
-    return blocks.launch(share=False, theme=theme, css=panels.CSS, enable_monitoring=False, footer_links=["api"],
-                         max_file_size=1, **address)
+    # Without the queue, requests could use the model at the same time.
+    blocks.queue(max_size=limits.WAITING, api_open=False)
+    return blocks.launch(share=False, theme=theme, css=panels.CSS, footer_links=["api"], **limits.settings(), **address)
 
 
 def is_legal(chat):

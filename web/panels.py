@@ -140,10 +140,10 @@ def alpha_of(settings):
 def facts(answer, stopped=False):
     """One line about how an answer was made."""
     settings, count = answer.settings, len(answer.tokens) - answer.kept
-    search = f", {settings.knn_k} neighbours searched at every token" if settings.rule == KNN else ""
+    search = f", {settings.knn_k:d} neighbours searched at every token" if settings.rule == KNN else ""
     return (f'<div class="facts">{"stopped after " if stopped else ""}{count} tokens, {answer.speed:.1f} a second; the memory '
-            f"changed the first choice at {answer.changed:.0%} of them. Rule {settings.rule}, {alpha_of(settings)}{search}, "
-            f"seed {answer.seed}.</div>")
+            f"changed the first choice at {answer.changed:.0%} of them. Rule {html.escape(settings.rule)}, {alpha_of(settings)}"
+            f"{search}, seed {answer.seed:d}.</div>")
 
 
 def candidates(answer, number):
@@ -175,7 +175,7 @@ def candidate_row(candidate, number, chosen, out, cut):
     words = " ".join([*(["chosen"] if chosen else []), *(["out"] if out else []), *(["cut"] if cut else [])])
     cells = "".join(f'<td class="{name}">{percent(candidate[name])}<span class="bar" style="width:{100 * candidate[name]:.1f}%">'
                     "</span></td>" for name in NAMES)
-    return (f'<tr class="{words}"><td><button data-number="{number}" data-token="{candidate["id"]}">'
+    return (f'<tr class="{words}"><td><button data-number="{number}" data-token="{candidate["id"]:d}">'
             f'{visible(candidate["text"])}</button></td>{cells}</tr>')
 
 
@@ -211,7 +211,7 @@ def about(chat):
     metrics = chat.metrics
     held = metrics["held_out"]
     sources = [source["name"] for source in chat.manifest.get("sources", [])]
-    known = [("base model", chat.model.base.name), ("sources", ", ".join(dict.fromkeys(sources))),
+    known = [("base model", chat.model.base.title), ("sources", ", ".join(dict.fromkeys(sources))),
              ("texts", f"{len(chat.store.examples):,}"), ("entries", f"{len(chat.store):,}"),
              ("tokens seen", f"{len(chat.model.decoder.seen):,} of {chat.model.base.vocabulary:,}"),
              ("index", f"{metrics['index']}, finds {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),

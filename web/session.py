@@ -7,15 +7,20 @@ import json
 import gradio as gr
 import pandas as pd
 
-from chat import Answer, check_ranges, is_changed
+from chat import check_ranges, is_changed
 from generation import RULES, Reading
 from support.command import UserError, whole_text
 from web import panels
-from web.api import refusal
+from web.api import is_token, refusal
+from web.records import answers_of
 
 KEPT_TURNS = 20  # in the browser
+MOST_TURNS = 100  # in a session
+DETAILED = 2000  # tokens of a session's last answers that keep their candidates; those of one token take 8 KB
 READINGS = 4  # conversations whose last question is kept read; each takes tens of megabytes
-NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another version may raise
+# What a record of another version, or one that somebody made up, may raise.
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, UserError)
+NO_SUCH_PLACE = "This is no place in the last answer."
 # The controls, in the order in which handlers get their values.
 CONTROLS = ("alpha", "temperature", "top_k", "max_new_tokens", "k", "rule", "seed", "no_repeat", "knn_k", "knn_temperature")
 
@@ -43,9 +48,17 @@ class Session:
     def records(self):
         """The answers as plain data. Only the last one keeps its candidates, since a browser has little storage."""
         kept = [answer.record() for answer in self.answers[-KEPT_TURNS:]]
-        slim = [{**record, "tokens": [{k: v for k, v in t.items() if k != "candidates"} | {"changed": is_changed(t)}
-                                      for t in record["tokens"]]} for record in kept[:-1]]
-        return slim + kept[-1:]
+        return [{**record, "tokens": without_candidates(record["tokens"])} for record in kept[:-1]] + kept[-1:]
+
+    def add(self, answer, number):
+        """Put an answer in the place of answer `number` and all later ones. What is too old to be kept is dropped."""
+        self.answers[number:] = [answer]
+        del self.answers[:-MOST_TURNS]
+        left = DETAILED
+        for earlier in reversed(self.answers[:-1]):
+            left -= len(earlier.tokens)
+            if left < 0:
+                earlier.tokens = without_candidates(earlier.tokens)
 
     def stop(self):
         self.writing = None
@@ -57,14 +70,33 @@ class Session:
             if self.writing:
                 setattr(self.writing.settings, name, moved[name])
 
-    def restore(self, records):
+    def restore(self, records, vocabulary, entries):
         """Restore the answers of an earlier visit, or none of them if this version cannot read them."""
         self.answers = []
-        try:
-            for record in json.loads(whole_text(json.dumps(records, ensure_ascii=False))):
-                self.answers.append(Answer.of_record(record, self.turns()))
-        except NONSENSE:
-            self.answers = []
+        with contextlib.suppress(*NONSENSE):
+            records = json.loads(whole_text(json.dumps(records[-KEPT_TURNS:], ensure_ascii=False)))
+            self.answers = answers_of(records, vocabulary, entries)
+
+
+def without_candidates(tokens):
+    return [{k: v for k, v in t.items() if k != "candidates"} | {"changed": is_changed(t)} for t in tokens]
+
+
+def of(event, name):
+    """A value of an event, or None if whoever sent it left it out."""
+    try:
+        return getattr(event, name)
+    except NONSENSE:
+        return None
+
+
+def whole(event, name, size):
+    """A whole number of an event, from 0 to size - 1. Gradio sends some as the first of a pair."""
+    value = of(event, name)
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    if not is_token(value, size):
+        raise refusal(UserError(NO_SUCH_PLACE))
+    return int(value)
 
 
 class Desk:
@@ -122,7 +154,7 @@ class Desk:
         """Answer a message. It replaces question `number` and all later ones. None: it comes after the last."""
         number = len(session.answers) if number is None else number
         answer = self.begin(message, session.turns(number), *controls)
-        session.answers[number:] = [answer]
+        session.add(answer, number)
         yield from self.write(session, answer, colouring)
 
     def again(self, session, colouring, *controls):
@@ -132,19 +164,21 @@ class Desk:
         last = len(session.answers) - 1
         yield from self.ask(session, session.answers[last].question, colouring, *controls, number=last)
 
-    def edited(self, session, colouring, event: gr.EditData, *controls):
-        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
-        yield from self.ask(session, html.unescape(event.value), colouring, *controls, number=index // 2)
+    def edited(self, session, colouring, event: gr.EventData, *controls):
+        index, value = whole(event, "index", 2 * len(session.answers)), of(event, "value")
+        yield from self.ask(session, html.unescape(value if isinstance(value, str) else ""), colouring, *controls,
+                            number=index // 2)
 
     def go_on(self, session, colouring, event: gr.EventData, *controls):
         """Take another candidate at a token of the last answer, and continue from there."""
-        old = session.answers[-1]
+        number = whole(event, "number", len(session.answers[-1].tokens) if session.answers else 0)
+        token, old = whole(event, "token", self.chat.model.base.vocabulary), session.answers[-1]
         try:
-            answer = old.going_on(event.number, self.begin(old.question, [], *controls))
+            answer = old.going_on(number, self.begin(old.question, [], *controls))
         except UserError as error:
             raise refusal(error) from None
         session.answers[-1] = answer
-        yield from self.write(session, answer, colouring, event.token)
+        yield from self.write(session, answer, colouring, token)
 
     def begin(self, message, turns, *controls):
         """An Answer from the values of the page's controls."""
@@ -154,10 +188,11 @@ class Desk:
             raise refusal(error) from None
 
     def open_token(self, session, colouring, event: gr.EventData):
-        if session.writing or not session.answers or event.number >= len(session.answers[-1].tokens):
+        number = of(event, "number")
+        if session.writing or not session.answers or number not in range(len(session.answers[-1].tokens)):
             return gr.skip(), gr.skip(), gr.skip()
-        answer = session.answers[-1]
-        return panels.tokens(answer, panels.COLOURINGS[colouring][0], event.number), *self.token_panels(answer, event.number)
+        answer, number = session.answers[-1], int(number)
+        return panels.tokens(answer, panels.COLOURINGS[colouring][0], number), *self.token_panels(answer, number)
 
     def clear(self, session, colouring):
         session.writing, session.answers = None, []
@@ -176,11 +211,8 @@ class Desk:
     def restore(self, records, session, colouring):
         """Show the answers that the browser kept from an earlier visit."""
         if records and not session.answers:
-            session.restore(records)
-        try:
-            return self.shown(session, colouring)
-        except NONSENSE:
-            return self.clear(session, colouring)
+            session.restore(records, self.chat.model.base.vocabulary, len(self.chat.store))
+        return self.shown(session, colouring)
 
     def take(self, session):
         return (session.answers[-1].question, session.answers[-1].text) if session.answers else ("", "")
@@ -217,4 +249,4 @@ class Desk:
         records = [answer.record() for answer in session.answers]
         for record in records:
             record["tokens"] = [token | {"passages": self.chat.passages(token.get("neighbours", []))} for token in record["tokens"]]
-        return json.dumps({"base_model": self.chat.model.base.name, "answers": records}, ensure_ascii=False, indent=1)
+        return json.dumps({"base_model": self.chat.model.base.title, "answers": records}, ensure_ascii=False, indent=1)

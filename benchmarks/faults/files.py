@@ -3,14 +3,14 @@
 An artefact is judged by app.py, which answers a question. A file of a stage is judged by the same training command.
 """
 
-import json
 import random
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import app
 from base_model import BaseLM
+from faults.asking import answered
 from faults.common import Outcome, refusal
 from faults.killed import reference
 from faults.runs_beside import Beside, complaint, tell
@@ -19,11 +19,9 @@ from memory_decoder import read_manifest
 from stages import damaged_file
 from support.sealed import unsealed
 
-COUNT = {True: 40, False: 200}  # the short form, the long form
+ARTEFACTS = {True: 24, False: 200}  # flips and cuts of them in the short form and in the long one; each is missing once more
+STAGES = {True: 28, False: 100}
 KINDS = ("flip", "flip", "flip", "cut", "cut", "missing")
-QUESTION = "Can my landlord keep my deposit?"
-SETTINGS = ("--device", "cpu", "--seed", "3", "--rule", "auto", "--temperature", "0.5")
-TOKENS = 24  # of the answer that is compared
 
 
 def outcomes(place):
@@ -38,20 +36,28 @@ def damaged(place, whole, folder):
     expected = answered(place, whole)
     assert expected.returncode == 0, expected.stderr
     restore(whole, folder)
-    counts = {}
-    for number, name in enumerate(dealt(whole, draw, COUNT[place.short]), 1):
-        what = damage(folder / name, draw.choice(KINDS), draw)
-        in_stage = name.parts[0] == "stages"
-        judge = stage_verdict if in_stage else artefact_verdict
+    counts = {id(artefacts): Counter(), id(stages): Counter()}
+    for number, (name, kind) in enumerate(planned := damages(whole, draw, place.short), 1):
+        what = damage(folder / name, kind, draw)
+        outcome, judge = (stages, stage_verdict) if name.parts[0] == "stages" else (artefacts, artefact_verdict)
         wrong, verdict = judge(place, whole, folder, name, expected)
-        counts[in_stage, verdict] = counts.get((in_stage, verdict), 0) + 1
-        (stages if in_stage else artefacts).add(wrong and f"{name} ({what}): {wrong}")
+        counts[id(outcome)][verdict] += 1
+        outcome.add(wrong and f"{name} ({what}): {wrong}")
         restore(whole, folder, name)
         if number % 20 == 0:
-            tell(f"files: {number} of {COUNT[place.short]}")
-    for outcome, kind in ((artefacts, False), (stages, True)):
-        outcome.note = ", ".join(f"{verdict} {count}" for (one, verdict), count in counts.items() if one == kind)
+            tell(f"files: {number} of {len(planned)}")
+    for outcome in (artefacts, stages):
+        outcome.note = ", ".join(f"{verdict} {count}" for verdict, count in counts[id(outcome)].items())
     return [artefacts, stages]
+
+
+def damages(whole, draw, short):
+    """(path in the folder, kind of damage) of all that is tried."""
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+    artefacts = [name for name in files if name.parts[0] != "stages"]
+    found = [(name, draw.choice(KINDS[:-1])) for name in dealt(artefacts, draw, ARTEFACTS[short])]
+    found += [(name, "missing") for name in artefacts]
+    return found + [(name, draw.choice(KINDS)) for name in dealt([n for n in files if n not in artefacts], draw, STAGES[short])]
 
 
 @contextmanager
@@ -65,9 +71,8 @@ def loaded_once(manifest):
         BaseLM.load = before
 
 
-def dealt(folder, draw, count):
-    """So many paths of files below a folder, relative to it. Every file comes as often as any other."""
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+def dealt(files, draw, count):
+    """So many of these files. Every one comes as often as any other."""
     found = []
     while len(found) < count:
         found += draw.sample(files, len(files))
@@ -101,27 +106,6 @@ def restore(whole, folder, name=None):
         return
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
-
-
-def answered(place, folder):
-    """app.py --ask in a copy of this process, which prints all that a page can show of an answer. Returns the finished process."""
-    def work():
-        app.ask = tell_all
-        app.sys.argv = ["app.py", "--model_dir", str(folder), "--ask", QUESTION, *SETTINGS]
-        app.main()
-    with Beside(place.work / "answered.logs", work, "app.py") as run:
-        return run.ended()
-
-
-def tell_all(chat, options):
-    """In place of app.ask: print an answer with all numbers of its tokens, their passages, and what the page shows beside it."""
-    answer = chat.begin(options.ask, max_new_tokens=TOKENS, rule=options.rule, alpha=0.5, temperature=options.temperature,
-                        seed=options.seed)
-    for _ in chat.write(answer):
-        pass
-    record = chat.trace(answer).record() | {"seconds": 0}
-    passages = [chat.passages(token["neighbours"]) for token in answer.tokens]
-    print(json.dumps([record, passages, chat.metrics, chat.manifest]))
 
 
 def artefact_verdict(place, whole, folder, name, expected):

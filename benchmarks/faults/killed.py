@@ -19,7 +19,7 @@ def outcomes(place):
     found = [killed(place)]
     earlier, expected = stopped.undisturbed(place)
     return [*found, stopped.sigterm(place, earlier, expected), stopped.full_disk(place, earlier, expected),
-            stopped.second_run(place, expected)]
+            stopped.second_run(place, expected), stopped.open_page(place, earlier, expected)]
 
 
 def reference(place):

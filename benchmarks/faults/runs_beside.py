@@ -8,11 +8,17 @@ import time
 import traceback
 from pathlib import Path
 
+from tqdm.std import TqdmDefaultWriteLock, tqdm
+
 from faults.common import ROOT, TIMEOUT
 
 STAGES = ("datastore", "index", "neighbours", "decoder", "report", "publish")
 WHOLE = 6 * 3600  # seconds that a whole training may take
 SHOWN = {"datastore": "read"}  # what a stage does, where that is not its name
+
+# Copies of this process share this lock of the progress bars. One that is killed while it holds the lock would stop all others.
+TqdmDefaultWriteLock.mp_lock = None
+tqdm.monitor_interval = 0  # no thread that might hold another lock when this process is copied
 
 
 class Forked:

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import torch
 
-from datastore import key_distances, open_keys
+from datastore import open_keys
 from index import inverted_lists
 from memory_decoder import MemoryDecoder, read_manifest
 from support.command import UserError
@@ -91,6 +91,12 @@ def neighbours_differ(a, b):
     if np.allclose(*distances, rtol=RTOL, atol=ATOL):
         return None
     return f"The neighbours of some of {len(rows)} entries differ, and are not equally near."
+
+
+def key_distances(keys, queries, I):
+    """Squared L2 distances (Q, C) between queries (Q, H) and the keys of the entries I (Q, C). Where I is -1, inf."""
+    D = np.stack([np.square(keys[ids].astype(np.float32) - query).sum(1) for query, ids in zip(queries, I, strict=True)])
+    return np.where(I < 0, np.inf, D)
 
 
 def keys_width(stage, entries):

@@ -1,13 +1,14 @@
 """Trainings that are told to end, left without disk, or started twice into one folder, in every stage."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
 from collections import Counter
-from contextlib import contextmanager
 
+from faults.asking import no_answer, page_open
 from faults.common import Outcome, refusal
 from faults.runs_beside import SHOWN, STAGES, Beside, complaint, finished, stage_of, tell, training, wait_for_stage
 from faults.same import differences
@@ -15,9 +16,8 @@ from faults.same import differences
 STOPPED = "Stopped; the same command goes on from here."
 SHORTER = ("--max_examples", "24", "--num_epochs", "2", "--validation_fraction", "0.01")  # the long form, in minutes
 OTHER = ("--seed", "1")  # another memory than the earlier one, in all of its stages
-QUESTION = "What is this about?"
 TRIES = 5
-FILE_SYSTEM = 2 * 2**30  # bytes of the small disk, which takes memory only as it fills
+FILE_SYSTEM = {True: 2**26, False: 2**31}  # bytes of the small disk, in the short and in the long form; it takes memory
 
 
 def shorter(place):
@@ -47,14 +47,6 @@ def copied(earlier, folder):
     return {path.name for path in folder.glob("stages/*-*")}
 
 
-def asked(place, folder):
-    """A sentence if app.py does not answer from a folder, else None."""
-    arguments = ("--model_dir", folder, "--device", "cpu", "--ask", QUESTION)
-    with Beside(place.work / "asked.logs", place.short, "app.py", *arguments) as run:
-        done = run.ended()
-    return None if done.returncode == 0 else f"app.py ended with exit code {done.returncode}: {done.stderr[-300:]}"
-
-
 def in_stage(place, folder, name, earlier, work):
     """Run the disturbed command until a stage, do `work(run)`, and return (the stage it fell into, what work returned).
 
@@ -78,7 +70,7 @@ def sigterm(place, earlier, expected):
             outcome.add(f"The run ended before it could be stopped in {name}.")
             continue
         fell.append(SHOWN.get(stage, stage))
-        outcome.add(wrong_stop(done) or asked(place, folder))
+        outcome.add(wrong_stop(done) or no_answer(place, folder))
     end_well(place, folder, expected, outcome)
     outcome.note = in_stages(fell)
     return outcome
@@ -105,7 +97,7 @@ def end_well(place, folder, expected, outcome):
 def full_disk(place, earlier, expected):
     """A full disk in each stage: one sentence, the earlier memory still answers, and with room again the command ends well."""
     outcome, draw, fell = Outcome("a full disk in each stage"), random.Random(place.seed), []
-    with small_disk(place.work / "disk") as disk:
+    with small_disk(place.work / "disk", FILE_SYSTEM[place.short]) as disk:
         if disk is None:
             outcome.note = "skipped: this user cannot mount a small disk"
             return outcome
@@ -116,7 +108,7 @@ def full_disk(place, earlier, expected):
             stage, done = in_stage(place, folder, name, names, lambda run, left=left: fill_and_go_on(run, filler, left))
             if stage:
                 fell.append(SHOWN.get(stage, stage))
-                outcome.add(wrong_refusal(done) or asked(place, folder))
+                outcome.add(wrong_refusal(done) or no_answer(place, folder))
             else:
                 outcome.add(f"The run ended before the disk was full in {name}.")
             filler.unlink(missing_ok=True)
@@ -125,11 +117,11 @@ def full_disk(place, earlier, expected):
     return outcome
 
 
-@contextmanager
-def small_disk(folder):
-    """A file system of its own in a folder. None where it cannot be mounted."""
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of so many bytes in a folder. None where it cannot be mounted."""
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={FILE_SYSTEM}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         yield None
         return
@@ -142,10 +134,12 @@ def small_disk(folder):
 def fill_and_go_on(run, filler, left):
     """Stop a run, fill its disk but for so many bytes, and let it go on to its end."""
     run.process.send_signal(signal.SIGSTOP)
-    with open(filler, "wb", 0) as file:
+    # The run may still end a write that it has begun, and take the last bytes itself.
+    with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
         disk = os.statvfs(filler.parent)
-        for _ in range(max(0, disk.f_bavail * disk.f_bsize - left) // 4096):
-            file.write(bytes(4096))
+        free = max(0, disk.f_bavail * disk.f_bsize - left)
+        for size in (2**20,) * (free // 2**20) + (4096,) * (free % 2**20 // 4096):
+            file.write(bytes(size))
     run.process.send_signal(signal.SIGCONT)
     return run.ended(3600)
 
@@ -153,6 +147,12 @@ def fill_and_go_on(run, filler, left):
 def wrong_refusal(done):
     sentence = refusal(done)
     return None if sentence and "full" in sentence else f"A full disk led to exit code {done.returncode}: {done.stderr[-500:]!r}"
+
+
+def open_page(place, earlier, expected):
+    """A page over the earlier memory while the disturbed command replaces it."""
+    copied(earlier, place.work / "open")
+    return page_open(place, place.work / "open", expected, *shorter(place), *OTHER)
 
 
 def second_run(place, expected):
