@@ -26,7 +26,7 @@ from chat import EVERY_RULE, Chat, check_ranges, whole_number, whole_seed
 from generation import AUTO
 from memory_decoder import read_manifest
 from support import command
-from support.command import UserError, fail, one_line, option
+from support.command import UserError, check_filled, fail, one_line, option
 
 HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
@@ -69,6 +69,7 @@ class Options:
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
+        check_filled(self, "model_dir", "base_model", "device")
         check_ranges(temperature=self.temperature, no_repeat=self.no_repeat)
         if self.alpha is not None:
             check_ranges(alpha=self.alpha)
@@ -213,6 +214,8 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        if error.filename is not None:
+            sys.exit(fail(f"A file could not be read: {one_line(error)}; check --model_dir."))
         if "port" not in str(error).lower():
             raise
         sys.exit(fail(PORT_IN_USE.format(options.server_port) if options.server_port else one_line(error)))

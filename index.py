@@ -85,19 +85,48 @@ def build_index(keys, factory, seed=0):
         for _, chunk in tqdm(centred(keys, mean), total=-(-len(keys) // CHUNK), desc="index", unit="chunk"):
             index.add(chunk)
     except RuntimeError as error:
-        raise UserError(f"faiss cannot build the index {factory!r}: {one_line(error)}") from None
+        raise refusal(factory, error) from None
     return index, mean
+
+
+def refusal(factory, error):
+    """The UserError for a factory string that faiss refuses. Of faiss's own text only the reason is kept."""
+    reason = re.sub(r"^.*\.(?:cpp|h):\d+: |^Error: '.*' failed: ", "", one_line(error)).rstrip(".")
+    return UserError(f"faiss cannot build the index {factory!r}: {reason}; choose another --index, e.g. auto or Flat.")
+
+
+def check_index(factory, width, entries):
+    """Raise UserError for a factory string that cannot work, before anything is read with the base model.
+
+    Some that faiss takes would end the process or make nothing of the keys: those with a size of 0.
+    """
+    lists = re.search(r"IVF(\d+)", factory)
+    if re.search(r"(?<!\d)0+(?!\d)", factory):
+        raise UserError(f"The index {factory!r} has a size of 0; choose another --index, e.g. auto or Flat.")
+    if lists and int(lists[1]) > entries:
+        raise UserError(f"The index {factory!r} has more inverted lists than the {entries} entries; choose fewer.")
+    try:
+        index = faiss.index_factory(width, factory)
+    except RuntimeError as error:
+        raise refusal(factory, error) from None
+    for transform in transforms(index):
+        if transform.d_out > transform.d_in:
+            raise UserError(f"The index {factory!r} keeps {transform.d_out} dimensions and a key has {transform.d_in}; keep fewer.")
+
+
+def transforms(index):
+    """What an index does with keys before it stores them: rotations and projections."""
+    chain = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    return [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())] if chain else []
 
 
 def limit_training(index):
     """Set the rounds of an untrained index's training to a few, which are enough and take a fifth of the time."""
     if ivf := inverted_lists(index):
         ivf.cp.niter = 8
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
-            if isinstance(transform, faiss.OPQMatrix):
-                transform.niter = transform.niter_pq_0 = 10
+    for transform in transforms(index):
+        if isinstance(transform, faiss.OPQMatrix):
+            transform.niter = transform.niter_pq_0 = 10
 
 
 def grow_index(path, keys, first, mean):

@@ -38,12 +38,13 @@ from datastore import (
     write_keys,
 )
 from earlier import Claim, Earlier, earlier_options
-from index import build_index, grow_index, inverted_lists
+from index import build_index, check_index, grow_index, inverted_lists
 from memory_decoder import MemoryDecoder, check_heads
 from search import TrainingDatastore, find_neighbours
 from stages import Stages, check_finished, plan, publish
 from support import command
-from support.command import Terminated, UserError, fail, one_line, option, terminated
+from support.command import Terminated, UserError, check_filled, fail, one_line, option, terminated
+from support.machine import check_launch
 from support.shards import new_file, write_atomically
 from texts import entries_of, windows_of_sources
 from training import REPLAYED, train_decoder, training_temperature
@@ -100,6 +101,8 @@ class Options:
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
+        check_filled(self, "base_model", "dataset", "split", "template", "validation_dataset", "validation_split", "index",
+                     "output_dir", "add", "forget", "device")
         for name in ("k", "decoder_dim", "context", "num_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
@@ -287,6 +290,8 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
     held_windows = windows_of_sources(base, corpus.held, templates, options.max_length)
     entries = entries_of(windows)
     check_neighbours(options, entries)
+    if options.index != "auto":
+        check_index(options.index, base.width, len(entries.values))
     grown = earlier if options.add and not options.forget else None
     stages = Stages(output / "stages", options, base, corpus, grown and grown.manifest["stages"])
     claim.make_folder()
@@ -318,6 +323,7 @@ def main():
         signal.signal(signal.SIGTERM, terminated)
     options = None
     try:
+        check_launch(os.environ)
         options = parse_options()
         run(options)
     except UserError as error:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "benchmarks", ROOT / "tests", ROOT):  # the root comes first: stages.py is also the name of a benchmark
     sys.path.insert(0, str(folder))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from faults.common import Place
 from faults.runs_beside import finished

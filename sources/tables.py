@@ -182,7 +182,7 @@ def read_json(path):
         lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)
                  and not is_chat(value)]
         found = lists[0] if len(lists) == 1 else [found]
-    return table_of(path.name, objects(path, found, "item"))
+    return table_of(path.name, objects(path, found if isinstance(found, list) else [found], "item"))
 
 
 def read_json_lines(path):

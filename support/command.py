@@ -7,6 +7,8 @@ from dataclasses import field
 
 from transformers import HfArgumentParser
 
+LONGEST = 600  # characters of an error's sentence
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one sentence that says how."""
@@ -42,18 +44,25 @@ def option(default, text, **more):
     return field(default=default, metadata={"help": text, **more})
 
 
+class Parser(HfArgumentParser):
+    """A parser whose errors are one sentence, as a user's other errors are."""
+
+    def error(self, message):
+        sys.exit(fail(f"{one_line(message).rstrip('.')}; --help lists the options."))
+
+
 def parse_options(options, description, arguments, presets):
     """Return an `options` dataclass filled from command-line arguments (None: those of this process).
 
     presets: {flag: {name: default}}. A flag that is set changes only defaults, so a value that is given wins. The defaults
     may also be a function of the options so far that returns them.
     """
-    parser = HfArgumentParser(options, description=description, allow_abbrev=False)
+    parser = Parser(options, description=description, allow_abbrev=False)
 
     def parse():
         parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if unknown:
-            parser.error(f"unknown: {' '.join(unknown)} (--help lists the options)")
+            parser.error(f"unknown: {' '.join(unknown)}")
         return parsed
 
     for flag, defaults in presets.items():
@@ -76,6 +85,15 @@ def one_line(error):
 
 
 def fail(sentence):
-    """Print the sentence as an error and return the exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Print the sentence as an error and return the exit code 2. A name in it may hold line breaks, or be very long."""
+    line = " ".join(sentence.splitlines())
+    print("error:", line if len(line) <= LONGEST else f"{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}", file=sys.stderr)
     return 2
+
+
+def check_filled(options, *names):
+    """Raise UserError if one of these options is an empty text, as an unset variable of a shell gives it."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{name} is empty; give it a value, or leave it out.")

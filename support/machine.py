@@ -29,6 +29,21 @@ def pick_device(device):
     return f"cuda:{int(number)}" if number and kind == "cuda" else kind
 
 
+def check_launch(variables):
+    """Raise UserError if the environment variables of a launcher of several processes are wrong or not all there."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not variables.get(name, "0").isdecimal():
+            raise UserError(f"The environment variable {name} is {variables[name]!r} and no whole number; unset it, or start "
+                            "several processes with `accelerate launch`.")
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
+    if "LOCAL_RANK" not in variables:
+        return
+    if missing or int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
+        what = f"{missing[0]} is not" if missing else "RANK is not below WORLD_SIZE"
+        raise UserError(f"The environment variable LOCAL_RANK is set, but {what}; unset it, or start several processes with "
+                        "`accelerate launch`.")
+
+
 def fast_bfloat16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.startswith("cuda"):

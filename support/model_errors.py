@@ -42,9 +42,10 @@ def explain_load_error(name, error):
     fault = fault_of_folder(path, "download it again", error) if is_folder else fault_on_hub(name, error)
     if fault:
         return f"The {'folder' if is_folder else 'model'} {name} {fault}."
+    reason = one_line(error).rstrip(".") or type(error).__name__
     if is_folder:
-        return f"The folder {name} does not hold a causal language model that transformers can load: {one_line(error)}"
-    return f"The model {name} could not be loaded: {one_line(error)}"
+        return f"The folder {name} does not hold a causal language model that transformers can load: {reason}."
+    return f"The model {name} could not be loaded: {reason}."
 
 
 def fault_on_hub(name, error):

@@ -60,6 +60,7 @@ def test_a_token_that_the_vocabulary_only_marks_as_special_is_a_mark_too(base, t
     assert "<tool>" not in tokenizer.all_special_tokens  # it has no role
     model = BaseLM(base.model, tokenizer)
     tool = tokenizer.convert_tokens_to_ids("<tool>")
+    model.vocabulary = tool + 1  # as if the model knew it
     assert model.encode(Literal("<tool>Why?")) == [BOS, tool, *base.encode("Why?")[1:]]
     assert model.encode("<tool>Why?") == base.encode("<tool>Why?") and tool not in base.encode("<tool>Why?")
 
@@ -228,3 +229,12 @@ def test_dtype_auto_is_bfloat16_where_that_is_fast_and_else_float32_where_it_fit
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     assert BaseLM.load(str(folder), device="cpu").model.dtype == expected and asked == ["cpu"]
     assert BaseLM.load(str(folder), "float16", "cpu").model.dtype == torch.float16
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named_and_not_an_index_error(base, tiny_gemma):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gemma)
+    tokenizer.add_tokens(["landlord"])
+    larger = BaseLM(base.model, tokenizer, "tiny")
+    assert larger.encode("a cat") == base.encode("a cat")
+    with pytest.raises(UserError, match="gives the token 512, but the model has only 512"):
+        larger.encode("my landlord")

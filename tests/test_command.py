@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from support.command import UserError, fail, one_line, option, parse_options
+from support.command import UserError, check_filled, fail, one_line, option, parse_options
 
 
 @dataclass
@@ -89,3 +89,26 @@ def test_fail_prints_one_sentence_and_returns_2(capsys):
 def test_an_errors_text_is_put_on_one_short_line():
     assert one_line(ValueError("one\n  two\tthree ")) == "one two three"
     assert one_line(ValueError("x" * 1000)) == "x" * 300
+
+
+def test_an_errors_sentence_is_one_line_of_some_hundred_letters_whatever_a_name_in_it_holds(capsys):
+    fail("There is no file a\nb\r\nc; check it.")
+    fail(f"There is no file {'x' * 5000}; check it.")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: There is no file a b c; check it."
+    assert len(second) < 700 and second.startswith("error: There is no file xxx") and second.endswith("xxx; check it.")
+
+
+def test_the_parsers_own_errors_are_one_such_line_too(capsys):
+    for arguments in (("--size", "3\n4"), ("--colour",), ("--size",), ("--size", "9" * 6000)):
+        with pytest.raises(SystemExit) as stopped:
+            parse(*arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith("error: ") and line.endswith("; --help lists the options.")
+
+
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_an_option_that_is_empty_is_refused_by_its_name_and_one_that_is_not_given_is_not(value):
+    check_filled(Options(), "word", "rate")
+    with pytest.raises(UserError, match="--word is empty"):
+        check_filled(Options(word=value), "rate", "word")

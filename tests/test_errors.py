@@ -81,6 +81,25 @@ def test_a_user_error_is_one_sentence_and_touches_no_earlier_artefact(bad, said,
     assert all(earlier / "stages" in path.parents for path in set(after) - set(before))
 
 
+@pytest.mark.parametrize("flag", ["--add", "--forget"])
+def test_an_empty_change_of_a_memory_does_not_train_another_one_in_its_place(flag, earlier, arguments, failure):
+    before = contents(earlier)
+    assert f"{flag} is empty" in failure(arguments(earlier, flag, ""))
+    assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("bad", [("--batch_size", "9" * 30), ("--index", "IVF100000,Flat"), ("--k", 1_000_000)])
+def test_a_refused_run_leaves_no_new_folder_behind(bad, arguments, failure, tmp_path):
+    failure(arguments(tmp_path / "new/out", *bad))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_a_folder_that_was_there(arguments, failure, tmp_path):
+    (tmp_path / "out").mkdir()
+    failure(arguments(tmp_path / "out", "--batch_size", "9" * 30))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
 @pytest.mark.parametrize("flag", ["--heads", "--orig"])
 def test_a_flag_that_does_not_exist_is_refused_by_its_name(flag, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from index import build_index, choose_index, index_bytes
+from index import build_index, check_index, choose_index, index_bytes
 from support.command import UserError
 
 
@@ -12,6 +12,19 @@ from support.command import UserError
 def test_an_index_that_faiss_cannot_build_is_refused_in_words(factory):
     with pytest.raises(UserError, match="faiss cannot build"):
         build_index(np.zeros((50, 8), np.float16), factory)
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "", "IVF51,Flat", "IVF99999999999,Flat", "PCA9,Flat", "PCA0,Flat", "HNSW0", "LSH0",
+                                     "IVF0,Flat", "PQ7", "IVF4,PQ8x0"])
+def test_an_index_that_cannot_work_is_refused_before_there_are_keys(factory):
+    with pytest.raises(UserError) as error:
+        check_index(factory, 8, 50)
+    assert repr(factory) in str(error.value) and str(error.value).endswith(".") and ".cpp" not in str(error.value)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF10,Flat", "IVF50,SQfp16", "PCA8,Flat", "PCA4,IVF10,SQ8", "OPQ2_8,IVF10,PQ2np"])
+def test_an_index_that_can_work_is_accepted_before_there_are_keys(factory):
+    check_index(factory, 8, 50)
 
 
 def test_the_index_gets_smaller_numbers_as_memory_gets_scarce():

@@ -12,7 +12,7 @@ import base_model
 import train_memory_decoder as script
 from support import machine
 from support.command import UserError
-from support.machine import devices, free_memory, pick_device
+from support.machine import check_launch, devices, free_memory, pick_device
 
 GIB = 2**30
 
@@ -213,3 +213,24 @@ def test_dtype_auto_asks_for_what_the_groups_leave(monkeypatch):
     for free, expected in ((4 * GIB + 1, torch.float32), (4 * GIB, torch.bfloat16)):
         monkeypatch.setattr(base_model, "free_memory", lambda free=free: free)
         assert base_model.automatic_dtype(half, "cpu") == expected
+
+
+LAUNCHED = {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_the_variables_of_a_launcher_and_none_of_them_are_accepted():
+    check_launch(LAUNCHED)
+    check_launch({"HOME": "/root"})
+
+
+@pytest.mark.parametrize("change", [*({name: value} for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")
+                                      for value in ("x", "", "-1", "1.5")), {"RANK": "2"}, {"MASTER_ADDR": ""}])
+def test_a_variable_of_a_launcher_that_cannot_be_is_named(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        check_launch(LAUNCHED | change)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_of_a_launcher_that_is_missing_is_named(name):
+    with pytest.raises(UserError, match=f"but {name} is not"):
+        check_launch({key: value for key, value in LAUNCHED.items() if key != name})

@@ -225,5 +225,5 @@ def test_a_repository_without_a_config_is_told_from_one_that_is_missing(monkeypa
 
 def test_an_error_of_no_known_kind_is_told_as_it_is(folder):
     error = ValueError("a new\nkind of error")
-    assert explain_load_error("some/model", error) == "The model some/model could not be loaded: a new kind of error"
-    assert explain_load_error(str(folder), error).endswith("that transformers can load: a new kind of error")
+    assert explain_load_error("some/model", error) == "The model some/model could not be loaded: a new kind of error."
+    assert explain_load_error(str(folder), error).endswith("that transformers can load: a new kind of error.")

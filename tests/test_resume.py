@@ -204,8 +204,9 @@ def test_a_second_sigterm_does_not_disturb_the_first(sigterm):
 def test_one_of_several_processes_leaves_sigterm_as_it_is(sigterm, monkeypatch, several):
     monkeypatch.setattr(script, "run", lambda options: None)
     monkeypatch.setattr(sys, "argv", ["train_memory_decoder.py"])
-    if several:
-        monkeypatch.setenv("LOCAL_RANK", "0")
+    launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (launched if several else {}).items():
+        monkeypatch.setenv(name, value)
     script.main()
     assert signal.getsignal(signal.SIGTERM) == (signal.SIG_DFL if several else terminated)
 
