@@ -1,5 +1,6 @@
 """This machine's devices, and the memory that is free for this process."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import psutil
 import torch
 
 from support.command import UserError
+
+# On a CPU with bfloat16, oneDNN keeps the code that it makes for each shape. Texts have hundreds of lengths, and the usual
+# 1,024 shapes take a gigabyte of memory. So many are enough for one training step.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def devices():
