@@ -69,7 +69,8 @@ def answered(visitor, body=PLAIN, name="chat"):
     f"{API}/proxy=http://127.0.0.1:9/", "/monitoring", "/monitoring/summary", "/docs", "/openapi.json",
     f"{API}/deep_link?session_hash=a", "/runs", f"{API}/dev/reload",
     f"{API}/custom_component/a/client/b/c", f"{API}/stream/a/b/1/playlist.m3u8", "/etc/passwd",
-    "/static/../routes.py", "/assets/%2e%2e/routes.py", f"{API}/upload_progress?upload_id=a", f"{API}/vibe-code", "//etc/passwd"])
+    "/static/../routes.py", "/assets/%2e%2e/routes.py", f"{API}/upload_progress?upload_id=a", f"{API}/vibe-code", "//etc/passwd",
+    f"{API}/run/%00"])
 def test_what_the_page_does_not_need_is_not_there(visitor, path):
     found = visitor.get(httpx.URL(visitor.base_url, raw_path=path.encode()))
     assert (found.status_code, found.json()) == (404, {"detail": limits.NO_SUCH_ADDRESS})
@@ -118,6 +119,18 @@ def test_a_fault_of_the_page_is_told_without_its_traceback(chat, visitor, monkey
     monkeypatch.setattr(chat, "passages", fail)
     assert answered(visitor, {"data": [QUESTION, None, None, None]}, "passages")["error"] == limits.FAILED
     assert "a secret of the server" in capfd.readouterr().err
+
+
+def test_an_error_that_quotes_a_value_holds_no_tag_and_is_short(visitor):
+    data = [QUESTION, 0.5, 2, 200, 12, "logits", "<img src=//a.example/b>", 0, None]
+    assert answered(visitor, {"data": data})["error"].endswith("not '‹img src=//a.example/b>'.")
+    assert limits.plain("a" * 10**6) == "a" * limits.MESSAGE
+
+
+@pytest.mark.parametrize("path", ["queue/data?session_hash=nobody", "call/chat/nothing"])
+def test_a_stream_of_a_session_that_is_not_there_ends_whole(visitor, path):
+    found = visitor.get(f"{API}/{path}")
+    assert "404" in found.text and len(found.text.split("data:")) == 2
 
 
 def test_the_queue_cannot_be_passed_by(visitor):

@@ -24,6 +24,7 @@ BODY = 16 * 2**20  # bytes of one request
 DRAINED = 4 * BODY  # bytes of a too large request that are read and dropped, so that the client hears why it is refused
 SESSIONS = 100  # visitors whose conversations the server holds; the one that was away longest is dropped first
 WAITING = 128  # events in the queue
+MESSAGE = 500  # letters of an error
 PATIENCE = 30  # seconds for which an event waits for somebody who listens to it
 NO_SUCH_ADDRESS = "This page has no such address."
 NO_SUCH_EVENT = "This page has no such event."
@@ -71,10 +72,16 @@ class Blocks(gr.Blocks):
     async def process_api(self, *arguments, **more):
         try:
             return await super().process_api(*arguments, **more)
-        except Error:
+        except Error as error:
+            error.message = plain(error.message)
             raise
         except Exception as error:
             raise Error(FAILED) from error  # gradio prints it to the terminal
+
+
+def plain(message):
+    """The message of an error, cut, without tags. It may quote what was sent, and a browser shows it as HTML."""
+    return str(message)[:MESSAGE].replace("<", "‹")
 
 
 class Limits:
@@ -89,7 +96,7 @@ class Limits:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":  # there are no web sockets
             await send({"type": "websocket.close"})
-        elif not ADDRESSES.fullmatch(scope["path"]) or ".." in scope["path"]:
+        elif not known(scope["path"]):
             await refusal(404, NO_SUCH_ADDRESS)(scope, receive, send)
         elif scope["method"] == "POST":
             await self.post(scope, receive, send)
@@ -113,6 +120,7 @@ class Limits:
     async def stream(self, session, scope, receive, send):
         """Serve a stream of messages. If the client vanishes, what it waits for is dropped at the next token."""
         ended, blocks = False, blocks_of(scope)
+        unknown = session not in blocks._queue.pending_messages_per_session
 
         async def watched(message):
             nonlocal ended
@@ -121,6 +129,10 @@ class Limits:
         self.listening[session] += 1
         try:
             await self.app(scope, receive, watched)
+        except RuntimeError:  # gradio says that it knows no such session, and breaks the connection
+            if not unknown:
+                raise
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.listening -= Counter([session])
             for_one_call = session == event_of(scope)  # gradio made such a session itself
@@ -148,6 +160,11 @@ class Limits:
             await asyncio.sleep(self.patience / 4)
             await self.sweep(blocks)
         self.watching = None
+
+
+def known(path):
+    """Whether a path is one of the page's."""
+    return bool(ADDRESSES.fullmatch(path)) and ".." not in path and path.isprintable()
 
 
 def blocks_of(scope):

@@ -13,7 +13,7 @@ from gradio_client.utils import QueueError
 
 from faults import page as pages
 from faults.common import Outcome
-from faults.page import API, call, chromium, questions, served, trained_folder
+from faults.page import API, call, chromium, questions, said, served, trained_folder
 from faults.runs_beside import tell
 
 # In the short form and in the long one:
@@ -130,10 +130,8 @@ def browsers(place, page):
             for visit, lines in zip(visits, asked, strict=True):
                 visit.locator("#question textarea").fill(lines[turn])
                 visit.locator("#question textarea").press("Enter")
-            for visit in visits:
-                visit.wait_for_function("n => document.querySelectorAll('#chat .message.user, #chat [data-testid=user]').length > n"
-                                        " && document.querySelector('#passages .passage')", arg=turn)
-                visit.wait_for_selector("#stop:disabled")
+            for visit, lines in zip(visits, asked, strict=True):
+                said(visit, lines[turn])
         shown = [(visit.locator("#chat").inner_text(), visit.locator("#tokens .answer").inner_text()) for visit in visits]
     with httpx.Client(base_url=page.address, timeout=pages.WAIT) as alone:
         for number, lines in enumerate(asked):
@@ -149,9 +147,9 @@ def conversation_faults(alone, number, lines, chat, last, count):
     for line in lines:
         text = call(alone, "chat", values(line, history=history))[0]
         wrong = f"It shows a question of {foreign[0]}" if foreign else None
-        for said in (line, text if line != lines[-1] else ""):
-            at = words(chat).find(words(said), place)
-            wrong = wrong or (f"It does not show {said!r} there." if at < 0 else None)
+        for part in (line, text if line != lines[-1] else ""):
+            at = words(chat).find(words(part), place)
+            wrong = wrong or (f"It does not show {part!r} there." if at < 0 else None)
             place = max(place, at)
         if line == lines[-1] and words(last) != words(text):
             wrong = wrong or f"Its last answer is {last!r}, and {text!r} when asked alone."

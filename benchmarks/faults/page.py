@@ -114,6 +114,14 @@ def chromium():
             browser.close()
 
 
+def said(visit, text):
+    """Wait until a browser shows a question in its conversation, and the whole answer to it."""
+    visit.wait_for_function("text => document.querySelector('#chat').innerText.replace(/\\s/g, '').includes(text)",
+                            arg="".join(text.split()))
+    visit.wait_for_selector("#passages .passage")  # they go when an answer begins, and come when it has ended
+    visit.wait_for_selector("#stop:disabled")
+
+
 def questions():
     """The demo's questions, each once: text that any model can be asked."""
     rows = (json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text(encoding="utf-8").splitlines())
