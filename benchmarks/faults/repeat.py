@@ -8,8 +8,9 @@ from pathlib import Path
 
 import app
 from chat import EVERY_RULE
+from faults.asking import QUESTION, answered
 from faults.common import Outcome, script
-from faults.files import QUESTION, answered, loaded_once
+from faults.files import loaded_once
 from faults.killed import reference
 from faults.runs_beside import complaint, finished, tell
 from memory_decoder import read_manifest
