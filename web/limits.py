@@ -36,6 +36,7 @@ ADDRESSES = re.compile(
     r"/|/(assets|static|svelte)/.+|/(theme\.css|favicon\.ico|robots\.txt|manifest\.json|config|login|logout)/?|"
     rf"{API}/(info|openapi\.json|app_id|startup-events|user|login_check|cancel|reset|theme\.css)/?|{API}/heartbeat/[^/]+|"
     rf"{API}/queue/(join|data|status)|{API}/(run|api|call|call/v2)/[^/]+/?|{API}/call/(v2/)?[^/]+/[^/]+")
+ALL_SAID = b'data: {"msg":"close_stream"'
 EVENT = re.compile(rf"{API}/call/(?:v2/)?[^/]+/([^/]+)")
 
 
@@ -89,7 +90,7 @@ class Limits:
 
     def __init__(self, app, body, patience):
         self.app, self.body, self.patience = app, body, patience
-        self.listening, self.unheard, self.watching = Counter(), {}, None  # unheard: {session: since when}
+        self.listening, self.unheard, self.watching = Counter(), {}, None  # unheard: {(session, its events): since when}
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -125,7 +126,8 @@ class Limits:
         async def watched(message):
             nonlocal ended
             await send(message)
-            ended = ended or (message["type"] == "http.response.body" and not message.get("more_body"))
+            if message["type"] == "http.response.body":  # clients leave as soon as they are told that all is said
+                ended = ended or not message.get("more_body") or message["body"].startswith(ALL_SAID)
         self.listening[session] += 1
         try:
             await self.app(scope, receive, watched)
@@ -144,14 +146,15 @@ class Limits:
             await self.sweep(blocks)
 
     async def sweep(self, blocks):
-        """Forget the sessions that have had events or messages for too long while nobody listened. Go on while there are some."""
-        now = time.monotonic()
-        silent = [session for session in list(blocks._queue.pending_messages_per_session) if session not in self.listening]
-        self.unheard = {session: self.unheard.get(session, now) for session in silent}
-        for session, since in list(self.unheard.items()):
+        """Forget the sessions that have had the same events for too long while nobody listened. Go on while there are some."""
+        now, queue = time.monotonic(), blocks._queue
+        silent = [(session, frozenset(queue.pending_event_ids_session.get(session, ())))
+                  for session in list(queue.pending_messages_per_session) if session not in self.listening]
+        self.unheard = {one: self.unheard.get(one, now) for one in silent}
+        for one, since in list(self.unheard.items()):
             if now - since >= self.patience:
-                del self.unheard[session]
-                await forget(blocks, session)
+                self.unheard.pop(one, None)
+                await forget(blocks, one[0])
         if self.unheard and self.watching is None:
             self.watching = asyncio.create_task(self.watch(blocks))
 
