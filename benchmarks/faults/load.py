@@ -213,7 +213,10 @@ def memory(place, page):
     with httpx.Client(base_url=page.address, timeout=pages.WAIT) as visitor:
         for number in range(warm + count):
             data = values(texts[number % len(texts)], 2 * TOKENS)
-            client.predict(*data, api_name="/chat") if number % 2 else call(visitor, "chat", data)
+            try:
+                client.predict(*data, api_name="/chat") if number % 2 else call(visitor, "chat", data)
+            except Exception as error:
+                outcome.add(f"{type(error).__name__}: {error}")
             held.append(page.memory)
             if number >= warm:
                 outcome.add(grown(held[warm - 1], held[-1]))
