@@ -223,6 +223,30 @@ def test_the_export_holds_settings_probabilities_and_passages(desk, session):
     assert "passages" not in session.answers[0].tokens[0]
 
 
+def test_an_answer_that_is_stopped_while_it_waits_is_not_written(desk, session):
+    session.ask()
+    session.stop()
+    *_, last = ask(desk, session)
+    assert texts(session) == [(QUESTION, "")] and "stopped after 0 tokens" in last[2]
+    session.ask()
+    ask(desk, session, OTHER)
+    assert len(session.answers[1].tokens) == 16
+    session.ask()
+    session.stop()
+    assert list(desk.voices(session, QUESTION, COLOUR, *controls())) == [""]
+
+
+def test_a_stop_holds_for_no_later_answer(desk, session):
+    ask(desk, session)  # the page may hear of it late, or never
+    session.stop()
+    ask(desk, session, OTHER)
+    session.ask()
+    session.stop()  # that question was refused because the queue was full
+    session.ask()
+    ask(desk, session)
+    assert len(session.answers) == 3 and all(answer.tokens for answer in session.answers)
+
+
 def test_three_voices_can_be_stopped(desk, session):
     writing = desk.voices(session, QUESTION, COLOUR, *controls(max_new_tokens=200))
     for _ in range(3):

@@ -203,7 +203,7 @@ class Page:
 
         def writes(event, handler, inputs, outputs, stop):
             """Connect an event with a handler that writes tokens. Its stop button works meanwhile. The result is kept."""
-            event(lambda: gr.Button(interactive=True), None, stop, **quick)
+            event(asked, self.session, stop, **quick)
             done = keep(event(handler, inputs, outputs, **model)).then(lambda: gr.Button(interactive=False), None, stop, **quick)
             done.then(self.trained_again, None, self.news, **quick)
 
@@ -243,6 +243,12 @@ class Page:
         self.news.select(self.load_again, None, None, **model)
         page.load(desk.restore, [self.browser, *here], shown, **quick)
         page.load(lambda width: gr.Accordion(open=width > PHONE), self.width, self.settings, js="() => window.innerWidth", **quick)
+
+
+def asked(session):
+    """Note that an answer was asked for, and let its stop button work."""
+    session.ask()
+    return gr.Button(interactive=True)
 
 
 def button(words, name, **more):

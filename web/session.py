@@ -31,6 +31,7 @@ class Session:
     def __init__(self):
         self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops any that is being written
         self.reading = None  # what the models have read of this conversation
+        self.asked = self.begun = self.stopped = 0  # numbers of the last answers that were asked for, begun and stopped
 
     def turns(self, number=None):
         """(question, answer) pairs of the first `number` questions."""
@@ -60,8 +61,18 @@ class Session:
             if left < 0:
                 earlier.tokens = without_candidates(earlier.tokens)
 
+    def ask(self):
+        """Note that an answer was asked for. It may have to wait for those of other visitors."""
+        self.asked, self.stopped = self.begun + 1, min(self.stopped, self.begun)
+
     def stop(self):
-        self.writing = None
+        """Stop the answer that is being written, or the one that waits."""
+        self.writing, self.stopped = None, self.asked
+
+    def begin(self, answer):
+        """Want an answer, unless it was stopped while it waited."""
+        self.begun += 1
+        self.writing = answer if self.begun > self.stopped else None
 
     def change(self, value, name):
         """Apply a moved control to the answer that is being written, from its next token on."""
@@ -136,10 +147,11 @@ class Desk:
 
     def write(self, session, answer, colouring, first=None):
         """Write an answer into the session, which may be stopped or cleared meanwhile. Yields what is shown."""
-        session.writing, answer.reading = answer, self.reading(session)
+        session.begin(answer)
+        answer.reading = self.reading(session)
         yield self.shown(session, colouring)
         try:
-            for _ in self.chat.write(answer, first):
+            for _ in self.chat.write(answer, first) if session.writing else ():
                 if session.writing is not answer:
                     break
                 tokens = panels.tokens(answer, panels.COLOURINGS[colouring][0])
@@ -219,9 +231,9 @@ class Desk:
 
     def voices(self, session, message, colouring, *controls):
         answer = self.begin(message, [], *controls)
-        session.writing = answer
+        session.begin(answer)
         name, shown = panels.COLOURINGS[colouring][0], ""
-        for answers in self.chat.voices(answer):
+        for answers in self.chat.voices(answer) if session.writing else ():
             shown = panels.voices(answers, name)
             if session.writing is not answer:
                 break
