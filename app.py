@@ -215,7 +215,7 @@ def main():
         sys.exit(1)
     except OSError as error:
         if error.filename is not None:
-            sys.exit(fail(f"A file could not be read: {one_line(error)}; check --model_dir."))
+            sys.exit(fail(f"A file could not be read or written: {one_line(error)}."))
         if "port" not in str(error).lower():
             raise
         sys.exit(fail(PORT_IN_USE.format(options.server_port) if options.server_port else one_line(error)))

@@ -61,7 +61,7 @@ class BaseLM:
     @property
     def title(self):
         """The name for visitors of the page, who must not learn a folder of this machine."""
-        return Path(self.name).name if os.path.exists(self.name) else self.name
+        return Path(self.name).resolve().name if os.path.exists(self.name) else self.name
 
     @classmethod
     def load(cls, name, dtype="auto", device="auto"):

@@ -116,8 +116,12 @@ def check_index(factory, width, entries):
 
 def transforms(index):
     """What an index does with keys before it stores them: rotations and projections."""
-    chain = index.chain if isinstance(index, faiss.IndexPreTransform) else None
-    return [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())] if chain else []
+    found = []
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
+        if isinstance(index, faiss.IndexPreTransform):
+            found += [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(index.chain.size())]
+        index = faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index.base_index)
+    return found
 
 
 def limit_training(index):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from datastore import Datastore
-from index import inverted_lists
+from index import inverted_lists, transforms
 from support.shards import Shards, write_rows
 
 SEARCH_CHUNK = 16_384  # queries that meet a list at once
@@ -84,9 +84,8 @@ class TrainingDatastore(Datastore):
 
     def nearest_lists(self, queries, count):
         """The numbers (Q, count) of the inverted lists whose centroids are nearest to queries (Q, H) minus the mean."""
-        if isinstance(self.index, faiss.IndexPreTransform):
-            for number in range(self.index.chain.size()):
-                queries = faiss.downcast_VectorTransform(self.index.chain.at(number)).apply(queries)
+        for transform in transforms(self.index):
+            queries = transform.apply(queries)
         return self.lists.quantizer.search(queries, count)[1]
 
     def tune(self, k, recall, seed=0):

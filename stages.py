@@ -18,7 +18,7 @@ import torch
 from base_model import file_checksum
 from corpus import HELD_OUT
 from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
-from index import FLAT_LIMIT, choose_index, index_bytes, training_keys
+from index import choose_index, index_bytes, training_keys
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from search import PAIRS, PROBES, SEARCH_CHUNK
 from support.command import UserError, undisturbed
@@ -26,6 +26,7 @@ from support.machine import fast_bfloat16, free_memory
 from support.sealed import sealed, unsealed
 from support.shards import write_atomically
 
+STRANGERS = ("Thumbs.db", "desktop.ini")  # that Windows leaves in folders
 PROBED = 64  # about one inverted list in so many is read to reach the usual recall
 SCAN_PACE = 5e9  # multiplications and additions a second and thread, in inverted lists of fp16 numbers
 NEW_MANIFEST = "config.json.part"
@@ -59,10 +60,16 @@ class Stage:
         seal_stage(self.path, facts)
 
 
+def files_of(folder):
+    """The paths of a stage's own files, but for done.json. File managers and network disks leave others there."""
+    return sorted(path for path in folder.iterdir()
+                  if path.is_file() and not path.name.startswith(".") and path.name not in ("done.json", *STRANGERS))
+
+
 def seal_stage(folder, facts):
     """Write the done.json of a stage, with a checksum of every file that stays."""
-    files = [path for path in folder.iterdir() if path.name not in ("done.json", "checkpoint.pt") and path.suffix != ".part"]
-    facts["files"] = {path.name: file_checksum(path) for path in sorted(files)}
+    files = [path for path in files_of(folder) if path.name != "checkpoint.pt" and path.suffix != ".part"]
+    facts["files"] = {path.name: file_checksum(path) for path in files}
     write_atomically(folder / "done.json", sealed(facts))
 
 
@@ -73,14 +80,14 @@ def check_finished(folders):
     """
     for folder in folders:
         if damaged := damaged_file(folder):
-            print(f"The file {damaged} is damaged; its stage is made anew.", flush=True)
+            print(f"The file {damaged} is damaged; what it held is made anew.", flush=True)
             shutil.rmtree(folder)
         elif (folder / "done.json").exists():
             facts = unsealed(folder / "done.json")
             if "files" not in facts:  # of an earlier version
                 seal_stage(folder, facts)
-            for path in folder.iterdir():
-                if path.name != "done.json" and path.name not in facts["files"]:
+            for path in files_of(folder):
+                if path.name not in facts["files"]:
                     path.unlink()
 
 
@@ -195,7 +202,7 @@ def plan(options, base, windows, held_windows, seen, stages, is_main=True, learn
         raise UserError(f"Training needs about {memory / 2**30:.2f} GiB of memory beside the model and {available / 2**30:.2f} "
                         "are free; lower --max_examples or --decoder_dim, or choose a smaller --index such as PCA64,IVF1024,SQ8.")
     if not (stages.decoder / "done.json").exists():
-        seconds = estimate_seconds(options, base, learned or windows, held_windows, entries, seen)
+        seconds = estimate_seconds(options, base, learned or windows, held_windows, entries, seen, factory)
         print(f"plan: about {max(1, round(seconds / 60))} min from here, when nothing of it is done yet", flush=True)
     return factory
 
@@ -255,7 +262,7 @@ def step_seconds(options, base, windows, seen):
     return timed(step)
 
 
-def estimate_seconds(options, base, windows, held_windows, entries, seen):
+def estimate_seconds(options, base, windows, held_windows, entries, seen, factory):
     """Seconds for all stages, from measured passes of base and decoder. The rest is estimated from counts of multiplications."""
     ids = torch.tensor([w.ids for w in windows[:1]])
     pace = timed(lambda: float(base.hidden(ids).sum())) / ids.numel()  # seconds a token of the base
@@ -265,7 +272,7 @@ def estimate_seconds(options, base, windows, held_windows, entries, seen):
     tokens = sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + 2 * texts * length
     positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + 2 * texts * length
     scoring = positions * base.vocabulary * (2 * base.width * flop + SCORING_SECONDS)
-    if entries <= FLAT_LIMIT:
+    if "IVF" not in factory or options.recall == 1:  # every entry meets every key
         searching = 2 * base.width * entries * (entries + positions) * flop
     else:
         searching = 2 * base.width * entries / PROBED * (entries + positions) / (SCAN_PACE * torch.get_num_threads())

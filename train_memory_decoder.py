@@ -44,7 +44,7 @@ from search import TrainingDatastore, find_neighbours
 from stages import Stages, check_finished, plan, publish
 from support import command
 from support.command import Terminated, UserError, check_filled, fail, one_line, option, terminated
-from support.machine import check_launch
+from support.machine import check_launch, is_launched
 from support.shards import new_file, write_atomically
 from texts import entries_of, windows_of_sources
 from training import REPLAYED, train_decoder, training_temperature
@@ -264,7 +264,7 @@ def run(options):
     """Run all stages. Raises UserError for errors that the user can fix."""
     options.check()
     device = pick_device(options.device)
-    if "LOCAL_RANK" not in os.environ:  # accelerate gives each of several processes its own device
+    if not is_launched(os.environ):  # accelerate gives each of several processes its own device
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # other processes wait while the first builds the index
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if fast_bfloat16(device) else "no",
@@ -319,7 +319,7 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
 def main():
     # When one of several processes fails, the launcher ends the others with SIGTERM. They must leave at once, and a handler
     # would not run while they wait for the one that failed.
-    if "LOCAL_RANK" not in os.environ:
+    if not is_launched(os.environ):
         signal.signal(signal.SIGTERM, terminated)
     options = None
     try:

@@ -34,14 +34,22 @@ def pick_device(device):
     return f"cuda:{int(number)}" if number and kind == "cuda" else kind
 
 
+def is_launched(variables):
+    """Whether a launcher of several processes started this one. Some set LOCAL_RANK to -1 for a process that is alone."""
+    return variables.get("LOCAL_RANK", "-1") != "-1"
+
+
 def check_launch(variables):
-    """Raise UserError if the environment variables of a launcher of several processes are wrong or not all there."""
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+    """Raise UserError if the environment variables of a launcher of several processes are wrong or not all there.
+
+    For a process that is alone only WORLD_SIZE counts, which accelerate reads nevertheless. Others may be somebody else's.
+    """
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT") if is_launched(variables) else ("WORLD_SIZE",):
         if not variables.get(name, "0").isdecimal():
             raise UserError(f"The environment variable {name} is {variables[name]!r} and no whole number; unset it, or start "
                             "several processes with `accelerate launch`.")
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
-    if "LOCAL_RANK" not in variables:
+    if not is_launched(variables):
         return
     if missing or int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
         what = f"{missing[0]} is not" if missing else "RANK is not below WORLD_SIZE"

@@ -145,7 +145,7 @@ def test_a_finished_stage_with_a_damaged_file_is_removed_and_the_file_named(stag
     assert damaged_file(stage.path) == stage / name
     check_finished([stage.path])
     assert not stage.path.exists()
-    assert capsys.readouterr().out == f"The file {stage / name} is damaged; its stage is made anew.\n"
+    assert capsys.readouterr().out == f"The file {stage / name} is damaged; what it held is made anew.\n"
 
 
 @pytest.mark.parametrize("damage", [DAMAGES[name] for name in ("flip", "cut", "empty")])
@@ -161,6 +161,19 @@ def test_an_undamaged_stage_stays_as_it_is_but_for_what_a_killed_run_left_over(s
         (stage / name).write_bytes(b"left over")
     check_finished([stage.path, stage.path.with_name("not-there")])
     assert contents(stage.path) == before and capsys.readouterr().out == ""
+
+
+def test_files_of_others_in_a_stage_may_come_change_and_go(stage, capsys):
+    names = (".DS_Store", "desktop.ini", ".nfs0001")
+    for name in names:
+        (stage / name).write_bytes(b"a file manager's")
+    stages.seal_stage(stage.path, {})
+    (stage / "folder").mkdir()
+    for name in names[:2]:
+        flip(stage / name)
+    (stage / names[2]).unlink()
+    check_finished([stage.path])
+    assert capsys.readouterr().out == "" and {*names[:2], "folder", "done.json"} <= {path.name for path in stage.path.iterdir()}
 
 
 def test_an_unfinished_stage_keeps_all_that_it_has(stage, capsys):
@@ -187,7 +200,7 @@ def test_the_same_command_makes_a_damaged_stage_anew(name, damage, folder, whole
     path = only(folder, name)
     DAMAGES[damage](path)
     train(folder)
-    said = f"The file {path} is damaged; its stage is made anew." in capsys.readouterr().out
+    said = f"The file {path} is damaged; what it held is made anew." in capsys.readouterr().out
     assert said == (not (name.endswith("done.json") and damage == "missing"))  # then nothing says that it was finished
     assert differences(whole, folder) == []
 

@@ -317,3 +317,13 @@ def test_a_record_with_a_token_that_is_nonsense_gives_an_empty_chat(chat, change
     (record,) = json.loads(json.dumps(mine.records()))
     record["tokens"][3] |= change
     assert desk.restore([record], again, COLOUR) == ([], "", "", "", "") and again.answers == []
+
+
+def test_a_page_behind_a_proxy_that_keeps_its_prefix_answers_there(chat, monkeypatch):
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/memory")
+    with opened(chat) as (_, visitor):
+        for path in ("/memory/", "/memory/config", f"/memory{API}/info"):
+            assert visitor.get(path).status_code == 200, path
+        assert visitor.get("/memory/gradio_api/upload").status_code == 404 == visitor.get("/memory/file=/etc/passwd").status_code
+        begun = visitor.post(f"/memory{API}/call/chat", json=PLAIN).json()["event_id"]
+        assert "event: complete" in visitor.get(f"/memory{API}/call/chat/{begun}").text

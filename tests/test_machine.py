@@ -221,10 +221,13 @@ LAUNCHED = {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "1
 def test_the_variables_of_a_launcher_and_none_of_them_are_accepted():
     check_launch(LAUNCHED)
     check_launch({"HOME": "/root"})
+    check_launch({"LOCAL_RANK": "-1", "RANK": "-1", "WORLD_SIZE": "1"})  # a process that is alone
+    check_launch({"MASTER_PORT": "tcp://10.0.0.1:80", "RANK": "first"})  # somebody else's
 
 
 @pytest.mark.parametrize("change", [*({name: value} for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")
-                                      for value in ("x", "", "-1", "1.5")), {"RANK": "2"}, {"MASTER_ADDR": ""}])
+                                      for value in ("x", "", "-1", "1.5") if (name, value) != ("LOCAL_RANK", "-1")),
+                                    {"RANK": "2"}, {"MASTER_ADDR": ""}])
 def test_a_variable_of_a_launcher_that_cannot_be_is_named(change):
     with pytest.raises(UserError, match=next(iter(change))):
         check_launch(LAUNCHED | change)

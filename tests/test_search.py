@@ -114,7 +114,7 @@ def test_neighbours_that_are_not_there_are_marked():
 
 
 @pytest.mark.parametrize("asked", [0.5, 0.8, 0.95])
-@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW32,SQ8", "PCA16,IVF64,SQ8"])
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW32,SQ8", "PCA16,IVF64,SQ8", "PCA16,IVF64,SQ8,RFlat"])
 def test_a_search_reads_the_fewest_lists_that_reach_the_recall(factory, asked):
     store = store_of(factory)
     found = store.tune(K, asked)

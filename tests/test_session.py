@@ -236,6 +236,21 @@ def test_an_answer_that_is_stopped_while_it_waits_is_not_written(desk, session):
     assert list(desk.voices(session, QUESTION, COLOUR, *controls())) == [""]
 
 
+def test_what_a_stopped_answer_would_have_replaced_stays(desk, session):
+    for question in (QUESTION, OTHER, QUESTION):
+        ask(desk, session, question)
+    before = texts(session)
+
+    def stopped(shown):
+        session.ask()
+        session.stop()
+        *_, last = shown
+        assert texts(session) == before and last[0] == session.messages() and "stopped" not in last[2]
+    stopped(desk.again(session, COLOUR, *controls()))
+    stopped(desk.edited(session, COLOUR, SimpleNamespace(index=0, value="Another?"), *controls()))
+    stopped(desk.go_on(session, COLOUR, SimpleNamespace(number=2, token=9), *controls()))
+
+
 def test_a_stop_holds_for_no_later_answer(desk, session):
     ask(desk, session)  # the page may hear of it late, or never
     session.stop()

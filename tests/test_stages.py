@@ -246,10 +246,13 @@ def test_more_entries_and_more_seen_tokens_need_more_memory(base):
 def test_the_estimate_of_time_grows_with_epochs_and_rows(base, windows, monkeypatch):
     monkeypatch.setattr(stages, "timed", lambda work: 1e-3)
 
-    def estimate(some=windows, held=windows[:2], **changes):
-        entries = len(entries_of(some).values)
-        return estimate_seconds(Options(batch_size=2, decoder_dim=32, **changes), base, some, held, entries, 100)
+    def estimate(some=windows, held=windows[:2], factory="Flat", entries=None, **changes):
+        entries = entries or len(entries_of(some).values)
+        return estimate_seconds(Options(batch_size=2, decoder_dim=32, **changes), base, some, held, entries, 100, factory)
     few = estimate()
+    flat, all_lists, some_lists = (estimate(entries=10**6, **more) for more in (
+        {}, {"factory": "IVF4000,SQfp16", "recall": 1.0}, {"factory": "IVF4000,SQfp16"}))
+    assert flat == all_lists and 10 * (some_lists - few) < flat
     assert 0 < estimate(some=windows[:len(windows) // 2]) < few
     assert few < min(estimate(num_epochs=6), estimate(held=windows)) < float("inf")
 
@@ -257,5 +260,6 @@ def test_the_estimate_of_time_grows_with_epochs_and_rows(base, windows, monkeypa
 def test_what_the_estimate_of_time_measures_can_be_run(base, windows, monkeypatch):
     results = []
     monkeypatch.setattr(stages, "timed", lambda work: results.append(work()) or 1e-3)
-    estimate_seconds(Options(batch_size=2, decoder_dim=32), base, windows, windows[:2], len(entries_of(windows).values), 100)
+    estimate_seconds(Options(batch_size=2, decoder_dim=32), base, windows, windows[:2], len(entries_of(windows).values), 100,
+                     "Flat")
     assert len(results) >= 3 and np.isfinite(results).all()

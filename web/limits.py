@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from urllib.parse import parse_qs
 
-# Gradio makes a table of its last events after each one, which takes longer the more there are. This is read on its import.
+# Gradio makes a table of its last events after each one, which takes longer the more there are. This is read when a queue is made.
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
 
 import gradio as gr
@@ -45,6 +45,7 @@ def settings():
     handlers = {RequestValidationError: sentence(422, NOT_READ), FnIndexInferError: sentence(404, NO_SUCH_EVENT),
                 KeyError: sentence(404, NO_SUCH_EVENT), Exception: sentence(500, FAILED)}
     return {"state_session_capacity": SESSIONS, "enable_monitoring": False, "run_history": False, "show_error": False,
+            "ssr_mode": False, "mcp_server": False,
             "max_file_size": 1, "app_kwargs": {"middleware": [Middleware(Limits, BODY, PATIENCE)], "exception_handlers": handlers}}
 
 
@@ -97,7 +98,7 @@ class Limits:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":  # there are no web sockets
             await send({"type": "websocket.close"})
-        elif not known(scope["path"]):
+        elif not known(path_of(scope)):
             await refusal(404, NO_SUCH_ADDRESS)(scope, receive, send)
         elif scope["method"] == "POST":
             await self.post(scope, receive, send)
@@ -159,10 +160,19 @@ class Limits:
             self.watching = asyncio.create_task(self.watch(blocks))
 
     async def watch(self, blocks):
-        while self.unheard:
-            await asyncio.sleep(self.patience / 4)
-            await self.sweep(blocks)
-        self.watching = None
+        try:
+            while self.unheard:
+                await asyncio.sleep(self.patience / 4)
+                await self.sweep(blocks)
+        finally:
+            self.watching = None
+
+
+def path_of(scope):
+    """The path of a request, without the prefix under which a proxy serves the page (GRADIO_ROOT_PATH)."""
+    prefix = scope.get("root_path", "").rstrip("/")
+    inside = prefix and (scope["path"] + "/").startswith(prefix + "/")
+    return scope["path"][len(prefix):] or "/" if inside else scope["path"]
 
 
 def known(path):
@@ -176,13 +186,13 @@ def blocks_of(scope):
 
 def event_of(scope):
     """The event of the path, if it has one."""
-    found = EVENT.fullmatch(scope["path"])
+    found = EVENT.fullmatch(path_of(scope))
     return found and found[1]
 
 
 def session_of(scope):
     """The session of which a request streams messages, or None."""
-    if scope["path"] == f"{API}/queue/data":
+    if path_of(scope) == f"{API}/queue/data":
         return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
     event = blocks_of(scope)._queue.event_ids_to_events.get(event_of(scope))
     return event.session_hash if event else event_of(scope)

@@ -82,10 +82,12 @@ class Page:
 
         If the new memory cannot be opened, this page stays and says why.
         """
-        if not self.trained_again().visible:
+        if self.closing or not self.trained_again().visible:
             return
         try:
             manifest = read_manifest(self.options.model_dir)
+            if manifest is None:
+                raise UserError("A training is just putting its files in place; try again.")
             same = all(manifest[name] == self.chat.manifest[name] for name in ("base_model", "base_fingerprint", "dtype"))
             self.newer = Chat.open(self.options, manifest, self.chat.model.base if same else None)
         except UserError as error:

@@ -92,11 +92,13 @@ element.addEventListener('click', event => {
 """
 # A page of another memory has another id. Until it is there, the address does not answer.
 LOAD_JS = """async () => {
-    const asked = () => fetch(`${window.gradio_config.root}/gradio_api/app_id`).then(answer => answer.text()).catch(() => null);
+    const asked = () => fetch(`${window.gradio_config.root}/gradio_api/app_id`)
+        .then(answer => answer.ok || answer.status === 401 ? answer.text() : null).catch(() => null);
     const before = await asked();
-    const again = setInterval(async () => {
+    clearInterval(window.loading);
+    window.loading = setInterval(async () => {
         const now = await asked();
-        if (now && now !== before) { clearInterval(again); location.reload(); }
+        if (before && now && now !== before) { clearInterval(window.loading); location.reload(); }
     }, 1000);
 }"""
 CANDIDATES_JS = """
@@ -228,7 +230,7 @@ def about(chat):
     known = [("base model", chat.model.base.title), ("sources", ", ".join(dict.fromkeys(sources))),
              ("texts", f"{len(chat.store.examples):,}"), ("entries", f"{len(chat.store):,}"),
              ("tokens seen", f"{len(chat.model.decoder.seen):,} of {chat.model.base.vocabulary:,}"),
-             ("index", f"{metrics['index']}, finds {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),
+             ("index", f"{metrics['index']}; training found {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),
              ("memory", f"{sum(p.numel() for p in chat.model.decoder.parameters()) / 1e6:.1f} million parameters"),
              ("training", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in metrics["seconds"].items()))]
     lines = [("base alone", "base"), ("kNN-LM", "knn_lm"), ("memory alone", "memory"), ("blend of logits", "blend_logits"),

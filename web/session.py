@@ -67,7 +67,7 @@ class Session:
 
     def stop(self):
         """Stop the answer that is being written, or the one that waits."""
-        self.writing, self.stopped = None, self.asked
+        self.writing, self.stopped = None, self.begun if self.writing else self.asked
 
     def begin(self, answer):
         """Want an answer, unless it was stopped while it waited."""
@@ -146,8 +146,7 @@ class Desk:
         return max(new, key=lambda i: answer.tokens[i]["blended"] - answer.tokens[i]["base"], default=None)
 
     def write(self, session, answer, colouring, first=None):
-        """Write an answer into the session, which may be stopped or cleared meanwhile. Yields what is shown."""
-        session.begin(answer)
+        """Write an answer of the session, which may be stopped or cleared meanwhile. Yields what is shown."""
         answer.reading = self.reading(session)
         yield self.shown(session, colouring)
         try:
@@ -162,12 +161,20 @@ class Desk:
         here = bool(session.answers) and session.answers[-1] is answer  # it may have been cleared or undone
         yield self.shown(session, colouring, self.most_changed(answer) if here else None, here and stopped)
 
+    def put(self, session, number, answer, colouring, first=None):
+        """Write an answer in the place of answer `number` and all later ones. These stay if it was stopped while it waited."""
+        session.begin(answer)
+        if session.writing or number == len(session.answers):
+            session.add(answer, number)
+            yield from self.write(session, answer, colouring, first)
+        else:
+            yield self.shown(session, colouring)
+
     def ask(self, session, message, colouring, *controls, number=None):
         """Answer a message. It replaces question `number` and all later ones. None: it comes after the last."""
         number = len(session.answers) if number is None else number
         answer = self.begin(message, session.turns(number), *controls)
-        session.add(answer, number)
-        yield from self.write(session, answer, colouring)
+        yield from self.put(session, number, answer, colouring)
 
     def again(self, session, colouring, *controls):
         """Answer the last question again."""
@@ -189,8 +196,7 @@ class Desk:
             answer = old.going_on(number, self.begin(old.question, [], *controls))
         except UserError as error:
             raise refusal(error) from None
-        session.answers[-1] = answer
-        yield from self.write(session, answer, colouring, token)
+        yield from self.put(session, len(session.answers) - 1, answer, colouring, token)
 
     def begin(self, message, turns, *controls):
         """An Answer from the values of the page's controls."""

@@ -51,8 +51,9 @@ class Page:
 
     @property
     def memory(self):
-        """Bytes that the process holds."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        """Bytes that the process holds. Pages of files that it reads do not count, since the system can drop them at any time."""
+        held = psutil.Process(self.process.pid).memory_info()
+        return held.rss - getattr(held, "shared", 0)
 
     def fault(self):
         """A sentence if the process has ended or does not answer any more, else None."""
