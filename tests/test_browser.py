@@ -204,8 +204,12 @@ def test_an_edited_question_can_be_stopped_and_replaces_the_first(visit):
     page.locator("#chat button[aria-label*=dit], #chat button[title*=dit]").first.click()
     page.locator("#chat .user textarea").fill("May I record a call?")
     page.locator("#chat button[aria-label*=ubmit], #chat button[title*=ubmit]").first.click()
-    # At once, since the tiny model writes the whole answer in two seconds.
-    page.wait_for_function("() => { const stop = document.querySelector('#stop'); stop.click(); return !stop.disabled; }")
+    # Once it is longer than the first one, and at once, since the tiny model writes the whole answer in two seconds.
+    page.wait_for_function("""() => {
+        const longer = document.querySelectorAll('#tokens .token').length > 24;
+        if (longer) document.querySelector('#stop').click();
+        return longer;
+    }""")
     expect(page.locator("#facts")).to_contain_text("stopped after")
     chat = page.locator("#chat").inner_text()
     assert "May I record a call?" in chat and QUESTION not in chat
