@@ -163,6 +163,15 @@ def wrong_by(factor):
     return lambda self, ids, cache=None: real(self, ids, cache) * (1 if cache is None else factor)
 
 
+def test_another_dtype_leaves_a_models_own_tables_as_they_are():
+    model = make_model(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)
+    angles = model.model.rotary_emb.inv_freq.clone()
+    base_model.recast(model, torch.bfloat16)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    assert torch.equal(model.model.rotary_emb.inv_freq, angles) and angles.dtype == torch.float32
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()  # tied weights stay one
+
+
 def test_a_model_that_scales_its_logits_behind_the_head_is_refused(base):
     BaseLM(make_model(GraniteForCausalLM, GraniteConfig, logits_scaling=1.0), base.tokenizer)
     with pytest.raises(UserError, match="choose another base model"):
