@@ -5,16 +5,14 @@
 One stored question is asked with one seed, so the same memory gives the same pictures.
 """
 
-import shutil
 import sys
 from pathlib import Path
-
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
+from browser import NoBrowser, chromium
 from chat import Chat
 from memory_decoder import read_manifest
 from web import page
@@ -86,14 +84,14 @@ def main():
     manifest = read_manifest(options.model_dir)
     if manifest is None:
         sys.exit("Nothing is trained yet; run make demo first.")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        sys.exit("No chromium, chromium-browser or google-chrome is on the path; install one.")
     blocks = page.Page(Chat.open(options, manifest), options).build()
     _, address, _ = page.launch(blocks, prevent_thread_lock=True, quiet=True)
     FOLDER.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        take(playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"]), address)
+    try:
+        with chromium() as browser:
+            take(browser, address)
+    except NoBrowser as error:
+        sys.exit(str(error))
     for picture in sorted(FOLDER.iterdir()):
         print(f"{picture.name}: {picture.stat().st_size // 1024} KB")
 

@@ -11,7 +11,7 @@ from support.command import UserError
 
 # On a CPU with bfloat16, oneDNN keeps the code that it makes for each shape. Texts have hundreds of lengths, and the usual
 # 1,024 shapes take a gigabyte of memory. So many are enough for one training step.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def devices():

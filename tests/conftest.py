@@ -2,12 +2,11 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,18 +18,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import httpx
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from base_model import BaseLM
+from browser import NoBrowser, chromium
 from memory_decoder import MemoryDecoder
 from sources.rows import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = [json.loads(line) for line in (ROOT / "demo/legal_qa.jsonl").read_text().splitlines()]
 ROWS = DEMO_ROWS[::2]  # each answer once
-BROWSER_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 # Like Gemma's, but small: a mark, the role and a newline before a turn, and another mark after it.
@@ -159,14 +157,12 @@ def address(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no chromium, chromium-browser or google-chrome is on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS)
+    with ExitStack() as opened:
+        try:
+            browser = opened.enter_context(chromium())
+        except NoBrowser as error:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
         yield browser
-        browser.close()
 
 
 def wait_for(process, address, log):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,19 +10,17 @@ import pytest
 import torch
 from conftest import ROOT, ROWS, make_decoder
 
-import evaluation
-from datastore import Datastore
-from index import build_index
-from texts import Template, encode_row, entries_of, windows_of
-
-sys.path.append(str(ROOT / "benchmarks"))
 import answers
 import compare
+import evaluation
 import neighbours
 import retrieval
 import rivals
 import rules
 import tuned
+from datastore import Datastore
+from index import build_index
+from texts import Template, encode_row, entries_of, windows_of
 
 # Its name is that of a module of the project too.
 spec = importlib.util.spec_from_file_location("stages_bench", ROOT / "benchmarks/stages.py")

@@ -1,18 +1,16 @@
 """The soak test's checks of the page notice a page that fails them."""
 
 import random
-import sys
 from collections import Counter
 
 import httpx
 import pytest
 from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))  # after the root: stages.py is also the name of a benchmark
-
 from faults import attack_requests, attack_scripts, load
 from faults.common import Place
-from faults.page import chromium, free_port
+from faults.page import free_port
+
+from browser import chromium
 
 
 def answer(text="Yes.", ids=(5, 6), logprob=-0.5):

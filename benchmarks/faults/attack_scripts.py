@@ -2,9 +2,10 @@
 
 import json
 
+from browser import chromium
 from faults import page as pages
 from faults.common import Outcome
-from faults.page import chromium, questions, said
+from faults.page import questions, said
 
 NAME = "<img src=x onerror=hit(0)>"  # of the model's folder and of the table: it can hold no slash
 COUNT = {True: 10, False: 40}

@@ -11,9 +11,10 @@ import httpx
 from gradio_client import Client
 from gradio_client.utils import QueueError
 
+from browser import chromium
 from faults import page as pages
 from faults.common import Outcome
-from faults.page import API, call, chromium, questions, said, served, trained_folder
+from faults.page import API, call, questions, said, served, trained_folder
 from faults.runs_beside import tell
 
 # In the short form and in the long one:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from contextlib import closing, contextmanager
 
 import httpx
 import psutil
-from playwright.sync_api import sync_playwright
 
 from faults.common import ROOT
 from faults.runs_beside import last_line
@@ -34,8 +32,6 @@ def write(self, answer, *more):
 chat.Chat.write = write
 app.main()
 """
-# Of the page's own files, so that nothing is fetched from elsewhere.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-component-update"]
 WAIT = 120  # seconds
 
 
@@ -99,20 +95,6 @@ def wait_for(page):
         except httpx.TransportError:
             time.sleep(0.1)
     raise RuntimeError(f"app.py did not open its page: {page.errors.read_text(errors='replace')[-2000:]}")
-
-
-@contextmanager
-def chromium():
-    """A browser."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        raise RuntimeError("There is no chromium, chromium-browser or google-chrome on the path.")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        try:
-            yield browser
-        finally:
-            browser.close()
 
 
 def said(visit, text):
