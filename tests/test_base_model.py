@@ -147,6 +147,22 @@ def test_a_model_whose_cached_step_is_wrong_is_refused_in_words(base, monkeypatc
     assert "choose a Transformer as base model" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_few_lengths_are_read_in_bfloat16_and_the_states_stay_the_same(any_base, base, monkeypatch):
+    half = BaseLM(copy.deepcopy(any_base.model).bfloat16(), base.tokenizer)
+    real, read = half.decoder.forward, []
+    monkeypatch.setattr(half.decoder, "forward", lambda ids, **more: read.append(ids.shape[1]) or real(ids, **more))
+    ids, cache = torch.randint(6, 512, (1, 45)), half.new_cache()
+    slides = any(cache.is_sliding)  # a window that slides could not take padding back
+    pieces = [half.hidden(part, cache) for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:11], ids[:, 11:])]
+    assert read == ([9, 1, 1, 34] if slides else [32, 1, 1, 64]) and cache.get_seq_length() == 45
+    whole = half.hidden(ids)
+    assert (torch.cat(pieces, 1) - whole).norm() < 0.05 * whole.norm()
+    monkeypatch.setattr(half, "max_positions", 31)
+    half.hidden(ids[:, :9], half.new_cache())  # no position behind the last one that the model knows
+    assert read[-1] == 9
+    assert half.hidden(ids[:, :9]).shape[1] == 9 and read[-1] == 9  # without a cache nothing is padded
+
+
 def test_the_rounding_of_bfloat16_is_not_refused(any_base, base, monkeypatch):
     few = 1 + 4 * torch.finfo(torch.bfloat16).eps  # the difference that a deep model's cached step may have
     for wrong in (False, True):
