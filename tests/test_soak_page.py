@@ -15,7 +15,7 @@ from browser import chromium
 
 def answer(text="Yes.", ids=(5, 6), logprob=-0.5):
     """An answer as the endpoint chat returns it."""
-    return text, {"content": [{"id": i, "logprob": logprob, "base_logprob": -1.0} for i in ids]}
+    return text, {"content": [{"id": i, "token": str(i), "logprob": logprob, "base_logprob": -1.0, "top_logprobs": []} for i in ids]}
 
 
 def test_an_answer_that_belongs_to_another_client_is_noticed():
@@ -37,16 +37,34 @@ def test_a_client_that_is_told_an_error_is_noticed_and_a_full_queue_is_not():
         assert load.ask(visitor, "Why?", None, [])[0] == expected
 
 
-@pytest.mark.parametrize(("chat", "last", "words"), [
-    ("Visitor0, a? One. Visitor0, b?", "Two.", None), ("Visitor0, a? Two. Visitor0, b?", "Two.", "does not show 'One.'"),
-    ("Visitor0, a? One.", "Two.", "does not show 'Visitor0, b?'"),
-    ("Visitor0, a? One. Visitor0, b?", "One.", "last answer is 'One.'"),
-    ("Visitor0, a? One. Visitor1, c? Visitor0, b?", "Two.", "a question of Visitor1")])
-def test_a_browser_that_shows_what_is_another_ones_is_noticed(monkeypatch, chat, last, words):
+WHOLE = "Visitor0, a? One. Visitor0, b? Two."
+
+
+@pytest.mark.parametrize(("chat", "shown", "words"), [
+    (WHOLE, ["One.", "Two."], None), ("Visitor0, a? One. Visitor0, b?", ["One.", "Two."], "does not show 'Two.'"),
+    ("Visitor0, a? One. Two.", ["One.", "Two."], "does not show 'Visitor0, b?'"),
+    (WHOLE, ["One.", "One."], "does not show 'One.'"),
+    ("Visitor0, a? One. Visitor1, c? Visitor0, b? Two.", ["One.", "Two."], "a question of Visitor1"),
+    ("Visitor0, a? Six. Visitor0, b? Two.", ["Six.", "Two."], "Its answer is 'Six.', and 'One.'")])
+def test_a_browser_that_shows_what_is_another_ones_is_noticed(monkeypatch, chat, shown, words):
     answers = iter([answer("One."), answer("Two.")])
     monkeypatch.setattr(load, "call", lambda *_: next(answers))
-    found = [*filter(None, load.conversation_faults(None, 0, ["Visitor0, a?", "Visitor0, b?"], chat, last, 2))]
+    found = [*filter(None, load.conversation_faults(None, 0, ["Visitor0, a?", "Visitor0, b?"], chat, shown, 2))]
     assert bool(found) == bool(words) and (words is None or words in found[0])
+
+
+def written(*steps):
+    """The tokens of an answer. steps: of each token the text, and other candidates with their log probabilities."""
+    return [{"id": 0, "token": text, "logprob": -0.5,
+             "top_logprobs": [{"id": i, "token": t, "logprob": p} for i, (t, p) in enumerate([(text, -0.5), *others])]}
+            for text, *others in steps]
+
+
+def test_only_candidates_that_are_nearly_as_likely_may_be_exchanged_by_rounding():
+    own = written(("Pay",), (" the", (" a", -0.6), (" no", -2.0)), (" fee", ("", -0.7)))
+    assert load.near_tie("Pay·a·fine", own) and load.near_tie("Pay the", own)
+    for other in ("Pay no fine", "Pay what", "Sue", "Pay the cost", "Pay the fee now"):
+        assert not load.near_tie(other, own), other
 
 
 def test_tokens_that_are_written_for_nobody_and_memory_that_grows_are_noticed():
