@@ -15,7 +15,8 @@ from browser import chromium
 
 def answer(text="Yes.", ids=(5, 6), logprob=-0.5):
     """An answer as the endpoint chat returns it."""
-    return text, {"content": [{"id": i, "token": str(i), "logprob": logprob, "base_logprob": -1.0, "top_logprobs": []} for i in ids]}
+    return text, {"content": [{"id": i, "token": str(i), "logprob": logprob, "base_logprob": -1.0, "top_logprobs": []}
+                              for i in ids]}
 
 
 def test_an_answer_that_belongs_to_another_client_is_noticed():
