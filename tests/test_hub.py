@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx2
+try:
+    import httpx2 as http  # of huggingface_hub from 2.0 on
+except ModuleNotFoundError:
+    import httpx as http
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants, errors
@@ -76,9 +79,9 @@ def test_who_cannot_reach_the_hub_learns_what_works_without(answers):
 
 def raised_by(status, headers, url="https://huggingface.co/x/y/resolve/main/config.json", token="hf_x"):
     """The error that huggingface_hub raises for a response of the real hub."""
-    request = httpx2.Request("HEAD", url, headers={"authorization": f"Bearer {token}"} if token else {})
+    request = http.Request("HEAD", url, headers={"authorization": f"Bearer {token}"} if token else {})
     with pytest.raises(errors.HfHubHTTPError) as error:
-        hf_raise_for_status(httpx2.Response(status, headers=headers, request=request))
+        hf_raise_for_status(http.Response(status, headers=headers, request=request))
     return error.value
 
 
@@ -102,15 +105,15 @@ def wrapped(error, *outer):
 
 REFUSED = ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
 CHAINS = [
-    (wrapped(REFUSED, httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED]"), errors.LocalEntryNotFoundError("no"), OSError("no")),
+    (wrapped(REFUSED, http.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED]"), errors.LocalEntryNotFoundError("no"), OSError("no")),
      "The certificate of the hub"),
-    (wrapped(httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), OSError("no")), "SSL_CERT_FILE"),
-    (wrapped(httpx2.ConnectTimeout("timed out"), errors.LocalEntryNotFoundError("no"), ConnectionError("no")), "does not answer"),
+    (wrapped(http.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), OSError("no")), "SSL_CERT_FILE"),
+    (wrapped(http.ConnectTimeout("timed out"), errors.LocalEntryNotFoundError("no"), ConnectionError("no")), "does not answer"),
     (wrapped(TimeoutError("timed out"), OSError("no")), "does not answer"),
-    (wrapped(httpx2.ReadError("broke off"), ValueError("no")), "check the network"),
+    (wrapped(http.ReadError("broke off"), ValueError("no")), "check the network"),
     (wrapped(errors.XetDownloadError("broke off"), OSError("no")), "check the network"),
-    (wrapped(httpx2.ProxyError("407 Proxy Authentication Required"), OSError("no")), "The proxy does not lead"),
-    (wrapped(httpx2.LocalProtocolError("Illegal header value b'Bearer hf_secret'"), OSError("no")), "does not accept the token"),
+    (wrapped(http.ProxyError("407 Proxy Authentication Required"), OSError("no")), "The proxy does not lead"),
+    (wrapped(http.LocalProtocolError("Illegal header value b'Bearer hf_secret'"), OSError("no")), "does not accept the token"),
     (wrapped(OSError(errno.ENOSPC, "No space left on device"), RuntimeError("no"), ValueError("no")), "The disk is full"),
     (wrapped(OSError(errno.EDQUOT, "Disk quota exceeded"), ValueError("no")), "The disk is full"),
     (RuntimeError("Data processing error: File reconstruction error: No space left on device (os error 28)"), "The disk is full"),
@@ -140,7 +143,7 @@ def test_a_proxy_that_the_hub_is_exempt_from_is_not_blamed(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    error = httpx2.ConnectError("All connection attempts failed")
+    error = http.ConnectError("All connection attempts failed")
     assert "check the network" in hub.explain("model", "x/y", error)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     assert "The proxy does not lead" in hub.explain("model", "x/y", error)
