@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 try:
-    import httpx2 as http  # of huggingface_hub from 2.0 on
+    import httpx2 as http  # as newer releases of huggingface_hub do
 except ModuleNotFoundError:
     import httpx as http
 import pytest
