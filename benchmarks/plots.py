@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 from compare import rows_of
 from rivals import CORRECTION, KNN_LM, ROUTER
 
+TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3)
 OURS, OTHERS = "#c2570c", "#47617d"  # what uses the memory, in its colour on the page, and what does not
 OWN = ("memory alone", "blend of logits", "blend of probabilities", "automatic alpha", CORRECTION, ROUTER)
 
@@ -46,8 +47,12 @@ def draw_dots(panel, results, key, label):
         panel.plot(rows[name], [height] * len(rows[name]), "o", color=OURS if name in OWN else OTHERS)
     panel.set_yticks(range(len(names)), names)
     panel.set_xlabel(label)
-    if key != "share":  # these go over powers of ten
-        panel.set_xscale("log")
+    panel.set_xscale("log")
+    if key == "share":  # the others go over powers of ten
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
     if key != "megabytes":
         panel.axvline(1, color="gray", linestyle="--")
 
