@@ -12,17 +12,17 @@ from types import SimpleNamespace
 import faiss
 import numpy as np
 import pytest
-import soak
 import torch
 from conftest import ROOT
+from runs import contents, train_six
+
+import soak
+from base_model import file_checksum
 from faults import asking, files, stopped
 from faults.common import Outcome, Place, refusal
 from faults.killed import KILLS, check_command, moments
 from faults.runs_beside import STAGES, complaint, stage_of
 from faults.same import differences
-from runs import contents, train_six
-
-from base_model import file_checksum
 from stages import seal_stage
 from support.sealed import sealed, unsealed
 

@@ -6,11 +6,11 @@ from collections import Counter
 import httpx
 import pytest
 from conftest import ROOT
+
+from browser import chromium
 from faults import attack_requests, attack_scripts, load
 from faults.common import Place
 from faults.page import free_port
-
-from browser import chromium
 
 
 def answer(text="Yes.", ids=(5, 6), logprob=-0.5):

@@ -147,7 +147,7 @@ def browsers(place, page):
 
 def conversation_faults(alone, number, lines, chat, shown, count):
     """For each turn of a browser a sentence if it is wrong, else None. chat: its conversation. shown: its answers, by turns."""
-    history, place, rounded = [], 0, False
+    history, place = [], 0
     foreign = [f"Visitor{n}," for n in range(count) if n != number and f"Visitor{n}," in chat]
     for line, answer in zip(lines, shown, strict=True):
         wrong = f"It shows a question of {foreign[0]}" if foreign else None
@@ -156,17 +156,17 @@ def conversation_faults(alone, number, lines, chat, shown, count):
             wrong = wrong or (f"It does not show {part!r} there." if at < 0 else None)
             place = max(place, at)
         text, logs = call(alone, "chat", values(line, history=history))
-        if words(answer) != words(text) and not rounded:
-            rounded = near_tie(answer, logs["content"])
-            wrong = wrong or (None if rounded else f"Its answer is {answer!r}, and {text!r} when asked alone.")
-        history.append([line, text])
+        rounded = words(answer) != words(text)
+        if rounded and not near_tie(answer, logs["content"]):
+            wrong = wrong or f"Its answer is {answer!r}, and {text!r} when asked alone."
+        history.append([line, answer if rounded else text])
         yield wrong and f"browser {number}: {wrong}"
 
 
 def near_tie(answer, tokens):
     """Whether an answer parts from these tokens where two candidates are equally likely but for rounding.
 
-    A conversation that is kept and one that is read anew differ in their last digits. What follows is then another conversation.
+    A conversation that is kept and one that is read anew differ in their last digits.
     """
     text = ""
     for token in tokens:
