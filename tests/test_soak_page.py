@@ -61,6 +61,14 @@ def written(*steps):
             for text, *others in steps]
 
 
+@pytest.mark.parametrize(("second", "noticed"), [("Two.", False), ("Six.", True)])
+def test_behind_an_answer_that_rounding_changed_the_next_one_is_compared_in_the_same_conversation(monkeypatch, second, noticed):
+    read, answers = [], iter([("Pay the", {"content": written(("Pay",), (" the", (" a", -0.6)))}), answer("Two.")])
+    monkeypatch.setattr(load, "call", lambda visitor, name, values: read.append([*values[-1]]) or next(answers))
+    found = [*load.conversation_faults(None, 0, ["a?", "b?"], f"a? Pay a b? {second}", ["Pay a", second], 1)]
+    assert found[0] is None and bool(found[1]) == noticed and read == [[], [["a?", "Pay a"]]]
+
+
 def test_only_candidates_that_are_nearly_as_likely_may_be_exchanged_by_rounding():
     own = written(("Pay",), (" the", (" a", -0.6), (" no", -2.0)), (" fee", ("", -0.7)))
     assert load.near_tie("Pay·a·fine", own) and load.near_tie("Pay the", own)
