@@ -166,8 +166,8 @@ def plot(rows):
 
 
 def processes(given):
-    """Seconds of each stage of one process and of two with one thread each, on 40 of the demo's rows."""
-    common = ["train_memory_decoder.py", "--demo", "--max_examples", "40", "--num_epochs", "1", "--device", "cpu"]
+    """Seconds of each stage of one process and of two with one thread each: the demo with one pass."""
+    common = ["train_memory_decoder.py", "--demo", "--num_epochs", "1", "--device", "cpu"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
               "no", "--dynamo_backend", "no"]
     rows = []
