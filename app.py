@@ -60,7 +60,7 @@ class Options:
     temperature: float = option(0.7, "where the page's temperature slider starts")
     seed: WholeNumber | None = option(None, "what the page's seed field starts with; default: a new draw every time")
     max_turns: WholeNumber = option(100, "earlier turns of the chat that an answer reads, as many as fit; 0: the question alone")
-    no_repeat: WholeNumber = option(0, "where the page's slider starts for the length of runs that may not come twice; 0: any may")
+    no_repeat: WholeNumber = option(0, "no run of this many tokens comes twice in an answer, 0: any may; the page starts with it")
     demo: bool = option(False, "open what train_memory_decoder.py --demo made")
 
     def __post_init__(self):

@@ -74,12 +74,12 @@ class Options:
     max_length: int = option(128, "tokens the base model reads at once; longer texts are read in several windows")
     positions: str = option("all", "'all' positions become entries, or the 'last' of each row", choices=["all", "last"])
     k: int = option(32, "neighbours per entry (the original's K)")
-    index: str = option("auto", "faiss factory string, e.g. Flat or IVF1024,SQfp16; auto chooses by size")
+    index: str = option("auto", "faiss factory string, e.g. Flat or IVF1024,SQfp16; auto chooses by size and free memory")
     recall: float = option(0.95, "share of the K nearest that a search in inverted lists must find; 1 reads all lists")
     knn_temperature: float | None = option(None, "temperature of the kNN weights, in squared distance; inf: equal votes; "
                                                  "default: half the median distance")
     decoder_dim: int = option(256, "width of the MemoryDecoder (DECODER_DIM); 32 must divide it")
-    context: int = option(128, "hidden states that attention reaches back; 1 reads each alone")
+    context: int = option(128, "hidden states the decoder attends to; 1 reads each alone")
     norm: str = option("pre", "LayerNorm before or after attention and MLP", choices=["pre", "post"])
     head_init: str = option("base", "output projection starts as the base model's head, for tokens that some entry holds ('base'), "
                                     "or at random, for all tokens ('random')", choices=["base", "random"])
@@ -91,8 +91,9 @@ class Options:
     kl_weight: float = option(0.5, "share of KL in the loss, 0 to 1; the rest is cross-entropy")
     output_dir: str = option("trained_models", "where the artefacts go")
     add: str | None = option(None, "file, folder or dataset to add to the memory in --output_dir")
-    forget: str | None = option(None, "document, table, or row (table:number) to remove from the memory in --output_dir")
-    dtype: str = option("auto", "number format of the base model", choices=["auto", "float32", "bfloat16", "float16"])
+    forget: str | None = option(None, "document, table, folder, or row (table:number) to remove from the memory in --output_dir")
+    dtype: str = option("auto", "number format of the base model; auto: bfloat16 where that is faster",
+                        choices=["auto", "float32", "bfloat16", "float16"])
     device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
     seed: int = option(0, "seed of weights, order and the held-out share")
     demo: bool = option(False, "train on the embedded model and data: no network, no account")
