@@ -1,4 +1,4 @@
-"""Draws what benchmarks/compare.py measured, as four pictures in benchmarks/pictures/.
+"""Draws what benchmarks/compare.py measured, as four pictures in benchmarks/pictures/, and prints its shares as one table.
 
     python benchmarks/plots.py build/compare/rows build/compare/demo
 """
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from compare import rows_of
+from compare import markdown, rows_of
 from rivals import CORRECTION, KNN_LM, ROUTER
 
 TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3)
@@ -27,15 +27,31 @@ def read(folder):
     return [json.loads(file.read_text()) for file in sorted(Path(folder).glob("seed_*.json"))]
 
 
+def title(results):
+    setting = results[0]["setting"]
+    return f"{setting['rows']:,} rows, {setting['entries']:,} entries, {len(results)} seed{'s' * (len(results) > 1)}"
+
+
+def share_table(measured):
+    """A Markdown table: every rival's perplexity as a share of the base's, means over seeds.
+
+    Two columns for each list of results: held-out text, and text from elsewhere.
+    """
+    folders = [rows_of(results) for results in measured]
+    lines = []
+    for name in dict.fromkeys(name for rows in folders for name in rows):
+        found = [[row[key] for row in rows.get(name, []) if key in row] for rows in folders for key in ("share", "cost")]
+        lines.append([name, *(f"{np.mean(values):.3f}" if values else "" for values in found)])
+    return markdown(["", *(head for results in measured for head in (title(results), "elsewhere"))], lines)
+
+
 def panels(folders, wide, high):
     """A figure with one panel a folder, and pairs (panel, results)."""
     figure = Figure(figsize=(wide * len(folders), high), layout="constrained")
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
     pairs = [(panel, read(folder)) for panel, folder in zip(axes, folders, strict=True)]
     for panel, results in pairs:
-        setting = results[0]["setting"]
-        title = f"{setting['rows']} rows, {setting['entries']:,} entries, {len(results)} seed{'s' * (len(results) > 1)}"
-        panel.set_title(title, fontsize=10, loc="right")
+        panel.set_title(title(results), fontsize=10, loc="right")
     return figure, pairs
 
 
@@ -81,6 +97,7 @@ def main():
         for panel, results in pairs:
             draw(panel, results)
         figure.savefig(HERE / f"pictures/{name}.png", dpi=110)
+    print(share_table([read(folder) for folder in folders]))
 
 
 if __name__ == "__main__":

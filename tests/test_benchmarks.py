@@ -14,6 +14,7 @@ import answers
 import compare
 import evaluation
 import neighbours
+import plots
 import retrieval
 import rivals
 import rules
@@ -118,6 +119,15 @@ def test_the_table_has_a_line_for_each_rival_with_the_range_of_several_seeds():
     first, second = "1.350 (1.350 to 1.350)", "1.000 (1.000 to 1.000)"  # exp((46 - 40) / 20)
     assert base == f"| base | 10.00 | 1.000 | 1.000 to 1.000 | {first} | 1.000 | 1.000 | 5 | 2.0 |  |  | alpha 0.5 |"
     assert ours == f"| automatic alpha | 8.50 | 0.850 | 0.800 to 0.900 | {second} | 1.000 | 1.000 | 5 | 1.0 | 7 | 90 |  |"
+
+
+def test_the_shares_of_several_settings_are_one_table_with_gaps_where_a_rival_is_missing():
+    setting = {"rows": 2912, "entries": 1_308_702}
+    base, ours = ({"perplexity": x, "elsewhere": y, "bytes": 0} for x, y in ((10.0, 20.0), (8.0, 21.0)))
+    alone = {"setting": setting, "memory": {"base": base}}
+    head, _, first, second = plots.share_table([[alone | {"LoRA": {"LoRA": ours}}] * 2, [alone]]).split("\n")
+    assert head == "|  | 2,912 rows, 1,308,702 entries, 2 seeds | elsewhere | 2,912 rows, 1,308,702 entries, 1 seed | elsewhere |"
+    assert first == "| base | 1.000 | 1.000 | 1.000 | 1.000 |" and second == "| LoRA | 0.800 | 1.050 |  |  |"
 
 
 def test_the_original_has_its_own_settings_whatever_the_others_have(monkeypatch, tmp_path):
