@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def read_table(source, split=None):
 
 
 def read_source(source, split):
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves ~x alone if there is no user x
     if path.is_file():
         if split:
             raise UserError(f"The file {source} has no splits; leave the split out.")
@@ -210,6 +211,8 @@ def objects(path, found, noun):
 def read_csv(path):
     """The Table of a CSV file with a header. Values are separated by commas, semicolons or tabs."""
     text = decoded(path)
+    if not text.strip():
+        raise UserError(f"The dataset file {path} is empty.")
     header = text.split("\n", 1)[0]
     mark = "\t" if ".tsv" in path.suffixes else max(",;\t", key=header.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
@@ -228,8 +231,22 @@ def read_csv(path):
 
 def read_parquet(path):
     """The Table of a Parquet file."""
-    file = pyarrow.parquet.ParquetFile(path)
-    return Table(path.name, file.schema_arrow.names, lambda columns: file.read(columns).to_pylist())
+    def read(columns):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read(columns)
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return arrow_table(path.name, file.schema_arrow.names, read)
+
+
+def arrow_table(name, columns, read):
+    """A Table whose values are converted when they are asked for. read: of some columns a pyarrow.Table."""
+    def fetch(wanted):
+        try:
+            return read(wanted).to_pylist()
+        except (ValueError, OSError, OverflowError, pyarrow.ArrowException) as error:  # a damaged value, a date in the year 300000
+            raise UserError(f"The dataset {name} cannot be read: {reason(error)}.") from None
+    return Table(name, columns, fetch)
 
 
 TABLES = {".json": read_json, ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".csv": read_csv, ".tsv": read_csv,
@@ -320,7 +337,7 @@ def the_split(source, split, there):
 
 def typed(name, table):
     """The Table of a datasets.Dataset. Audio and pictures are not decoded."""
-    return Table(name, table.column_names, lambda columns: table.select_columns(columns).with_format("arrow")[:].to_pylist())
+    return arrow_table(name, table.column_names, lambda columns: table.select_columns(columns).with_format("arrow")[:])
 
 
 def read_layout(source, split):
@@ -329,9 +346,9 @@ def read_layout(source, split):
     JSON and CSV files are read here, since datasets would convert text that looks like a date or a number.
     """
     name, _, configuration = source.rpartition(":")
-    if not name or Path(source).expanduser().is_dir():  # a folder's own name may hold a colon
+    if not name or Path(os.path.expanduser(source)).is_dir():  # a folder's own name may hold a colon
         name, configuration = source, ""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     title = ":".join(filter(None, (folder.name, configuration, split)))
     if folder.is_dir():
         name = str(folder)

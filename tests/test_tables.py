@@ -183,6 +183,8 @@ def test_unusual_columns_ask_for_a_template():
 
 BAD_FILES = [
     ("empty.jsonl", b"", "is empty"), ("empty.csv", b"", "is empty"), ("empty.parquet", b"", "is empty"),
+    ("mark.csv", b"\xef\xbb\xbf", "is empty"), ("nothing.csv.gz", gzip.compress(b""), "is empty"),
+    ("lines.csv", b"\n\n", "is empty"), ("~backup.csv", b"", "is empty"), ("~nobody here.csv", None, "check the path"),
     ("list.json", b"[]", "its list is empty"), ("garbage.jsonl", b"{not json\n", "line 1 is no JSON"),
     ("later.jsonl", b'{"a": 1}\n\n{"a": \n', "line 3 is no JSON"), ("words.jsonl", b'"a"\n', "line 1 is no object"),
     ("items.json", b'[{"a": 1}, 2]', "item 2 is no object"), ("garbage.parquet", b"{not\n", "cannot be read"),
@@ -205,6 +207,21 @@ def test_a_file_that_holds_no_rows_is_refused_in_words(name, content, said, tmp_
         table = read_table(str(path))
         read_rows(table, Template.parse(usual_template(table.columns)))
     assert said in sentence(error) and name.split("/")[0] in sentence(error)
+
+
+@pytest.mark.parametrize("values", [
+    pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]),
+    pyarrow.array([10**12], pyarrow.timestamp("s"))], ids=["no UTF-8", "the year 33658"])
+def test_a_value_that_cannot_be_converted_is_one_sentence(values, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"question": values, "answer": ["a"]}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet cannot be read"):
+        read_rows(read_table(str(tmp_path / "rows.parquet")), Template.parse("{question} {answer}"))
+
+
+def test_a_name_that_begins_with_a_tilde_and_is_no_user_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~rows.csv").write_text("question,answer\na,b\n")
+    assert read_table("~rows.csv").columns == ["question", "answer"]
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "../rows", "a/b/c", "./rows", "some/rows.csv"])

@@ -18,10 +18,11 @@ DATA = [*(("--dataset", f"@{name}") for name in (
     "no_columns.parquet", "chats_without_content.jsonl", "chats_of_texts.jsonl", "chats_empty.jsonl", "chats_of_numbers.jsonl",
     "chats_refused.jsonl", "sharegpt_wrong.jsonl", "saved_broken", "saved_broken_dict", "rows.xlsx", "rows",
     "layout_broken", "folder.jsonl", "loop", "pipe", "short_texts", "broken_pdf_folder", "latin_texts", "closed.jsonl/x",
-    "new\nline.jsonl")),
+    "new\nline.jsonl", "mark.csv", "nothing.csv.gz", "no_utf8.parquet", "far_date.parquet")),
     *(("--dataset", name) for name in ("", " ", "\n", ":", "/dev/null", "/dev/zero", "/proc/self/mem", TOO_LONG, "a/b/c",
                                        "nobody/has-this-dataset", "nobody/has-this:configuration", "https://example.org/rows.jsonl",
-                                       "owner/name with space", "~nobody/rows.jsonl", "*.jsonl", "\ud800", "C:\\rows.jsonl")),
+                                       "owner/name with space", "~nobody/rows.jsonl", "~no user/rows.jsonl",
+                                       "*.jsonl", "\ud800", "C:\\rows.jsonl")),
     *(("--validation_dataset", f"@{name}") for name in ("missing.csv", "empty.jsonl", "binary.jsonl", "other_fields.jsonl",
                                                         "one.jsonl", "nested.jsonl", "empty_folder", "broken_line.jsonl"))]
 

@@ -58,6 +58,7 @@ TEXTS = {
     "layout_broken/data.jsonl": lines(numbered(9)), "saved_broken/state.json": "{", "saved_broken_dict/dataset_dict.json": "{}"}
 BYTES = {**{f"binary.{kind}": NOISE for kind in ("jsonl", "json", "csv", "parquet", "txt", "pdf", "jsonl.gz")},
          "truncated.jsonl.gz": gzip.compress(lines(numbered(99)).encode(), mtime=0)[:-30],
+         "mark.csv": b"\xef\xbb\xbf", "nothing.csv.gz": gzip.compress(b"", mtime=0),
          "latin.csv": "Question,Answer\ncafé,thé\n".encode("latin-1"), "odd_utf16.csv": b"\xff\xfea",
          "latin_texts/a.txt": "Café à la carte. ".encode("latin-1") * 99}
 
@@ -88,6 +89,10 @@ def make_parquet(folder):
     write(table({"question": pyarrow.array([], pyarrow.string()), "answer": pyarrow.array([], pyarrow.string())}),
           folder / "no_rows.parquet")
     write(table({}), folder / "no_columns.parquet")
+    bytes_of_no_text = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    no_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, bytes_of_no_text)
+    write(table({"question": no_text, "answer": ["a"]}), folder / "no_utf8.parquet")
+    write(table({"question": pyarrow.array([10**12], pyarrow.timestamp("s")), "answer": ["a"]}), folder / "far_date.parquet")
 
 
 # What a copy of the good model has in place of a part of its config.json.
