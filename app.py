@@ -9,7 +9,6 @@
 
 import contextlib
 import errno
-import io
 import ipaddress
 import os
 import shlex
@@ -27,6 +26,7 @@ from generation import AUTO
 from memory_decoder import read_manifest
 from support import command
 from support.command import UserError, check_filled, fail, one_line, option
+from support.machine import lacks_memory
 
 HERE = Path(__file__).resolve().parent
 # The gate lets a sure memory win over a base that is sure and wrong. The demo's memory learned single questions, so an
@@ -194,8 +194,7 @@ def serve(options, manifest):
 
 
 def main():
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold letters that the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    command.print_all_characters()
     options = parse_options()
     try:
         options.check()
@@ -219,6 +218,10 @@ def main():
         if "port" not in str(error).lower():
             raise
         sys.exit(fail(PORT_IN_USE.format(options.server_port) if options.server_port else one_line(error)))
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        sys.exit(fail("There is not enough memory; close other programs, or name another --device."))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gguf
 from transformers.utils import logging
 
 from support.command import UserError, one_line
-from support.machine import fast_bfloat16, free_memory, pick_device
+from support.machine import fast_bfloat16, free_memory, lacks_memory, pick_device
 from support.model_errors import explain_gguf_error, explain_load_error, explain_loaded
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"  # the embedded default, from the package that requirements-demo.txt pins
@@ -90,7 +90,12 @@ class BaseLM:
             raise UserError(sentence)
         if dtype == "auto":
             recast(model, automatic_dtype(model, device))
-        return cls(model.to(device), tokenizer, str(name))
+        try:
+            return cls(model.to(device), tokenizer, str(name))
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            raise UserError(explain_load_error(name, error)) from None
 
     @property
     def device(self):
@@ -177,6 +182,8 @@ class BaseLM:
             self.hidden(ids[:, :-1], cache)
             step = self.hidden(ids[:, -1:], cache)[0, -1].float()
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if lacks_memory(error):
+                raise
             raise UserError(f"The model {self.name} cannot go on from a cache of keys and values ({one_line(error)[:120]}); "
                             "choose a Transformer as base model.") from None
         rounding = max(1e-3, 12 * torch.finfo(self.head.weight.dtype).eps)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
@@ -44,7 +43,7 @@ from search import TrainingDatastore, find_neighbours
 from stages import Stages, check_finished, plan, publish
 from support import command
 from support.command import Terminated, UserError, check_filled, fail, one_line, option, terminated
-from support.machine import check_launch, is_launched
+from support.machine import check_launch, is_launched, lacks_memory
 from support.shards import new_file, write_atomically
 from texts import entries_of, windows_of_sources
 from training import REPLAYED, train_decoder, training_temperature
@@ -99,6 +98,10 @@ class Options:
     demo: bool = option(False, "train on the embedded model and data: no network, no account")
     original: bool = option(False, "the original demo's recipe as defaults: lr 1e-4, context 1, post-norm, random head, "
                                    "equal votes, one entry a row; these win over --demo's")
+
+    def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)  # a shell does not expand the ~ of --output_dir=~/memory
+        self.base_model = os.path.expanduser(self.base_model)
 
     def check(self):
         """Raise UserError for a value that cannot work, before anything is loaded."""
@@ -318,6 +321,7 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
 
 
 def main():
+    command.print_all_characters()
     # When one of several processes fails, the launcher ends the others with SIGTERM. They must leave at once, and a handler
     # would not run while they wait for the one that failed.
     if not is_launched(os.environ):
@@ -337,10 +341,10 @@ def main():
             where = options.output_dir if options else "--output_dir"
             sys.exit(fail(f"The disk of {where} is full; make room, and the same command goes on from here."))
         sys.exit(fail(f"A file could not be read or written: {one_line(error)}; the same command goes on from here."))
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if "Connection closed by peer" in str(error):
             sys.exit(fail("Another process of this run has ended; its own error says why."))
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+        if not lacks_memory(error):
             raise
         sys.exit(fail("There is not enough memory; lower --batch_size, then --max_length, --max_examples or --decoder_dim."))
 

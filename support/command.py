@@ -1,5 +1,6 @@
 """The command line of both scripts: options from a dataclass, and a user's error as one sentence."""
 
+import io
 import signal
 import sys
 from contextlib import contextmanager
@@ -82,6 +83,12 @@ def whole_text(text):
 def one_line(error):
     """An error's text on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def print_all_characters():
+    r"""Let print show a character that the terminal does not have, as \xe9. Names and answers may hold any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(sentence):

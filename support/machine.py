@@ -10,7 +10,7 @@ import torch
 from support.command import UserError
 
 # On a CPU with bfloat16, oneDNN keeps the code that it makes for each shape. Texts have hundreds of lengths, and the usual
-# 1,024 shapes take a gigabyte of memory. So many are enough for one training step.
+# 1,024 shapes take a gigabyte of memory. Sixteen are enough for a training step.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
@@ -32,6 +32,11 @@ def pick_device(device):
     if not re.fullmatch("[a-z]+(:[0-9]+)?", wanted) or f"{kind}:{int(number or 0)}" not in numbered:
         raise UserError(f"There is no device {device or repr(device)} here; present: {', '.join(present)}.")
     return f"cuda:{int(number)}" if number and kind == "cuda" else kind
+
+
+def lacks_memory(error):
+    """Whether an error says that this machine or its GPU has too little memory. PyTorch raises a RuntimeError on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error))
 
 
 def is_launched(variables):

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from support import hub
 from support.command import one_line
+from support.machine import lacks_memory
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 CHOOSE = "choose another base model, e.g. --base_model Qwen/Qwen2.5-0.5B"
@@ -30,6 +31,8 @@ def explain_load_error(name, error):
 
     name: what the user named. error: what transformers raised.
     """
+    if lacks_memory(error):
+        return f"There is not enough memory for the base model {name}; choose a smaller one, or another --device."
     path = Path(name)
     is_folder = os.path.isdir(path)  # Path.is_dir can raise for a name that cannot be looked up; this does not
     if os.path.isfile(path):

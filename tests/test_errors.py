@@ -1,6 +1,7 @@
 """Errors that the user of script 1 can fix: one sentence, exit code 2, and no earlier artefact changed."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from conftest import run_script
 from runs import command_line, contents, failure_of, the_error
 
+import app
+import base_model
 import train_memory_decoder as script
 from base_model import DEMO_MODEL, DEMO_PACKAGE
 
@@ -179,3 +182,36 @@ def test_the_script_itself_ends_with_code_2_and_one_sentence(earlier, arguments)
     done = run_script("train_memory_decoder.py", *arguments(earlier, "--base_model", "nobody/has-this-model"))
     assert "nobody/has-this-model" in the_error(done.code, done.err)
     assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), *EXHAUSTED], ids=str)
+@pytest.mark.parametrize("place", ["model.from_pretrained", "BaseLM.__init__", "BaseLM.hidden", "Chat.open"])
+def test_memory_that_runs_out_while_a_chat_opens_is_an_error(place, error, earlier, monkeypatch, capsys):
+    def exhausted(*_, **__):
+        raise error
+    where, name = place.split(".")
+    owner = {"model": base_model.AutoModelForCausalLM, "BaseLM": base_model.BaseLM, "Chat": app.Chat}[where]
+    monkeypatch.setattr(owner, name, exhausted)
+    assert "not enough memory" in failure_of(app.main, "app.py", ["--model_dir", earlier, "--ask", "?"], monkeypatch, capsys)
+
+
+def test_a_mistake_in_the_chat_is_not_called_a_lack_of_memory(earlier, monkeypatch):
+    monkeypatch.setattr(app.Chat, "open", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    monkeypatch.setattr("sys.argv", ["app.py", "--model_dir", str(earlier), "--ask", "?"])
+    with pytest.raises(RuntimeError, match="shapes"):
+        app.main()
+
+
+def test_both_scripts_expand_a_home_folder_that_the_shell_left_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/reader")
+    options = script.parse_options(["--output_dir=~/memory", "--base_model=~/model"])
+    assert (options.output_dir, options.base_model) == ("/home/reader/memory", "/home/reader/model")
+    assert app.parse_options(["--model_dir=~/memory"]).model_dir == "/home/reader/memory"
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_training(tiny_gemma, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    rows = [{"Question": f"Why {n}?", "Answer": f"Because {n}.", "é": "x"} for n in range(9)]
+    (tmp_path / "é.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run_script("train_memory_decoder.py", *command_line(tiny_gemma, tmp_path / "é.jsonl", tmp_path / "memory", "--k", 9999))
+    assert "K is 9999" in the_error(done.code, done.err) and r"not used: \xe9" in done.out
