@@ -54,6 +54,7 @@ class Corpus:
             return self
         question, answer = template.fields
         plain = f"Question: {{{question}}}\nAnswer: {{{answer}}}"
+        print(f"template: {plain.replace(chr(10), ' ')}; {base.name} has no chat template", flush=True)
         return replace(self, sources=[*self.sources[:-1], self.sources[-1] | {"template": plain}])
 
     def added(self, source, split=None, pattern=None):
@@ -71,11 +72,18 @@ class Corpus:
         known = sorted(names & {document(example.name) for example in new})
         if known:
             raise UserError(f"This memory holds {known[0]} already; --forget it first, or give the file another name.")
-        new_text = {part for example in new for part in telltale(example.row, template)}
-        held = [e for e in self.held if not new_text & set(telltale(e.row, Template.parse(self.sources[e.source]["template"])))]
+        grown = replace(self, sources=[*self.sources, {"name": table.name, "template": template.pattern}])
+        held = grown.unlike(new, self.held)
         if len(held) < 2:
             raise UserError(f"The text of {source} is what this memory holds out to test on, and too little of that would be left.")
-        return Corpus([*self.sources, {"name": table.name, "template": template.pattern}], [*self.examples, *new], held)
+        return replace(grown, examples=[*self.examples, *new], held=held)
+
+    def unlike(self, some, others):
+        """Those of the others that share no telltale text with some Examples."""
+        def texts(example):
+            return set(telltale(example.row, Template.parse(self.sources[example.source]["template"])))
+        known = set().union(*map(texts, some))
+        return [example for example in others if not known & texts(example)]
 
     def without(self, name, seed):
         """The Corpus without a document, a row (table:row), a table or a folder. Raises UserError if there is none."""
@@ -89,6 +97,7 @@ class Corpus:
             raise UserError(f"This memory holds nothing of the name {name}; it holds {few_of(there)}.")
         while len(held) < 2 < len(examples):  # a report needs two
             held.append(examples.pop(int(np.random.default_rng(seed).integers(len(examples)))))
+            examples = self.unlike(held[-1:], examples)
         check_enough(len(examples), len(held), "that is left")
         return Corpus(self.sources, examples, held)
 

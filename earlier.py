@@ -139,7 +139,7 @@ class Earlier:
         for name, c, texts in (("added", corpus, now - was), ("kept", corpus, now & was), ("forgotten", self.corpus, was - now)):
             among = c.examples if name == "kept" else [*c.examples, *c.held]
             examples = [example for example in among if text_of(example) in texts]
-            if examples:
+            if examples and (name != "forgotten" or options.forget):  # what is held out and then added was never learned
                 windows = windows_of_sources(base, examples, c.templates(base), options.max_length)
                 names = few_of([example.name for example in examples])
                 found[name] = {"names": names} | self.scored(base, decoder, windows, options)

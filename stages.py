@@ -214,8 +214,9 @@ def held_memory():
 
 def estimate_disk(options, base, entries, seen, factory):
     """Bytes of disk of all stages: keys, the index in its stage and published, neighbours, decoders and checkpoint."""
-    weights = 4 * decoder_weights(options, base, seen)  # three copies; the checkpoint, with Adam's two, is gone before the third
-    return entries * (base.width * 2 + options.k * 8) + 2 * index_bytes(entries, base.width, factory) + 4 * weights
+    weights, index = 4 * decoder_weights(options, base, seen), index_bytes(entries, base.width, factory)
+    # A checkpoint holds three numbers a weight. A new one is written beside the old one. Both are gone when all is published.
+    return entries * (base.width * 2 + options.k * 8) + index + max(6 * weights, index + 3 * weights)
 
 
 def decoder_weights(options, base, seen):

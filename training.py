@@ -4,6 +4,7 @@ Letters: N entries, H key width, K neighbours, V' seen tokens, B windows, T posi
 """
 
 import os
+import pickle
 import time
 
 import numpy as np
@@ -110,7 +111,7 @@ def train_decoder(options, base, keys, entries, stages, accelerator, earlier=Non
     rate = options.decoder_lr * (GROWING_RATE if earlier else 1)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=options.weight_decay, fused=True)
     total = per_epoch * options.num_epochs
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, total // 20), total)
+    schedule = get_cosine_schedule_with_warmup(optimizer, total // 20, total)
     model, optimizer = accelerator.prepare(model, optimizer)
     first, losses = load_checkpoint(stage, decoder, optimizer, schedule)
     saved_at = time.monotonic()
@@ -152,7 +153,11 @@ def load_checkpoint(stage, decoder, optimizer, schedule):
     """Restore a checkpoint, if there is one. Returns (steps done, losses so far)."""
     if not (stage / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError):  # the machine itself stopped before all was on the disk
+        print("the checkpoint of the decoder is damaged; it is trained from its start", flush=True)
+        return 0, []
     decoder.load_state_dict(state["decoder"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

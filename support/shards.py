@@ -16,7 +16,7 @@ def write_atomically(path, text):
 
 
 class Plain:
-    """A file that has only `write`, so that a library writes through it and keeps no door of its own to the disk."""
+    """A file with `write` and `flush` only, so that a library cannot write to the disk by itself."""
 
     def __init__(self, file):
         self.file, self.error = file, None
@@ -48,6 +48,14 @@ def new_file(path):
             raise
 
 
+def noted_in(file):
+    """The shards that a process has noted as done. None if the machine itself stopped before its notes were on the disk."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return []
+
+
 class Shards:
     """The shards that this process has left to do, as slices. Each is noted as done when the next one is asked for.
 
@@ -59,10 +67,10 @@ class Shards:
         """notes: the path of the notes, without number and ending. cuts: a first number, more at which a shard ends, the total."""
         done = np.zeros(cuts[-1], bool)
         for file in notes.parent.glob(f"{notes.name}_*.json"):
-            for start, stop in json.loads(file.read_text()):
+            for start, stop in noted_in(file):
                 done[start:stop] = True
         self.file = notes.with_name(f"{notes.name}_{rank}.json")
-        self.noted = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.noted = noted_in(self.file) if self.file.exists() else []
         shards = [slice(i, min(i + size, stop)) for start, stop in pairwise(cuts) for i in range(start, stop, size)]
         self.left = [shard for shard in shards[rank::world] if not done[shard].all()]
 

@@ -58,11 +58,12 @@ def test_a_typed_backslash_n_is_a_newline(given, meant, tmp_path):
     assert all(e.row["a"].startswith(r"C:\new") for e in corpus.examples)  # but not in the rows
 
 
-def test_a_model_without_a_chat_template_gets_questions_and_answers_in_plain_words(base, tmp_path):
+def test_a_model_without_a_chat_template_gets_questions_and_answers_in_plain_words(base, tmp_path, capsys):
     corpus = read(jsonl(tmp_path / "rows.jsonl", [{"question": f"q{n}", "Answer": f"a{n}"} for n in range(5)]))
     assert corpus.fitting(base) is corpus
-    bare = type("Bare", (), {"tokenizer": type("T", (), {"chat_template": None})})
+    bare = type("Bare", (), {"name": "bare", "tokenizer": type("T", (), {"chat_template": None})})
     assert corpus.fitting(bare).sources[0]["template"] == "Question: {question}\nAnswer: {Answer}"
+    assert "template: Question: {question} Answer: {Answer}; bare has no chat template" in capsys.readouterr().out
     for template in (ORIGINAL, "document {text}", "chat {messages}"):
         other = Corpus([{"name": "x", "template": template}], [], [])
         assert other.fitting(bare) is other
@@ -139,6 +140,14 @@ def test_two_stay_held_out_when_those_that_were_are_forgotten(corpus):
     left = corpus.without("held.jsonl", 0)
     assert len(left.held) == 2 and len(left.examples) == 4
     assert sorted(left.held + left.examples) == sorted(corpus.examples) and left == corpus.without("held.jsonl", 0)
+
+
+def test_an_answer_that_is_held_out_anew_is_not_left_under_another_question(corpus):
+    answers = [f"Answer {n}: " + ROWS[0]["Answer"].ljust(100) for n in range(4)]
+    corpus.examples = [Example(f"more.jsonl:{n}", ROWS[n] | {"Answer": answers[n // 2]}) for n in range(8)]
+    left = corpus.without("held.jsonl", 0)
+    assert len(left.held) == 2 and len(left.examples) == 4
+    assert not {e.row["Answer"] for e in left.held} & {e.row["Answer"] for e in left.examples}
 
 
 def test_a_corpus_is_opened_as_it_was(corpus, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script
-from runs import command_line, contents, failure_of, jsonl, stop_at_call, stored_rows, the_error
+from runs import command_line, contents, failure_of, jsonl, stop_at_call, stored_rows, the_error, train_six
 
 import app
 import datastore
@@ -168,6 +168,15 @@ def test_a_forgotten_document_is_in_no_artefact_and_the_memory_is_as_it_was(grow
 def read_tokens(folder):
     store = Datastore.open(folder)
     return store.values[store.example == len(store.examples) - 1]
+
+
+def test_text_that_was_held_out_and_is_added_is_not_called_forgotten(tiny_gemma, rows_file, tmp_path):
+    folder = train_six(tiny_gemma, rows_file, tmp_path / "out", "--validation_fraction", 0.2)
+    held = read_examples(folder / "held_out.jsonl")
+    change(folder, "--add", jsonl(tmp_path / "more.jsonl", [held[0].row]))
+    changed = json.loads((folder / "metrics.json").read_text())["changed"]
+    assert changed["added"]["names"] == "more.jsonl:1" and "forgotten" not in changed
+    assert len(read_examples(folder / "held_out.jsonl")) == len(held) - 1
 
 
 def test_a_row_is_forgotten_without_reading_the_others_again(folder, monkeypatch):

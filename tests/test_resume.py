@@ -127,6 +127,33 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing(six_rows, train,
     assert_same_training(six_rows, folder)
 
 
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_checkpoint_that_a_power_cut_left_short_begins_the_decoder_anew(length, six_rows, train, tmp_path, monkeypatch, capsys):
+    folder, steps = tmp_path / "out", losses(six_rows)[-1][0]
+    interrupt(monkeypatch, train, folder, training.Batches, "__call__", steps // 2 + 3)
+    os.truncate(next(folder.glob("stages/decoder-*/checkpoint.pt")), length)
+    again = count_calls(monkeypatch, training.Batches, "__call__")
+    train(folder)
+    assert len(again) == steps and "the checkpoint of the decoder is damaged" in capsys.readouterr().out
+    assert_same_training(six_rows, folder)
+
+
+def test_notes_that_a_power_cut_left_short_count_as_none(six_rows, train, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    interrupt(monkeypatch, train, folder, datastore, "hidden_batches", 4)
+    os.truncate(next(folder.glob("stages/datastore-*/keys_done_0.json")), 1)
+    train(folder)
+    assert_same_training(six_rows, folder)
+
+
+def test_a_training_of_one_step_learns(train, tmp_path):
+    step = ("--num_epochs", 1, "--batch_size", 999)
+    first, second = (train(tmp_path / rate, *step, "--decoder_lr", rate) for rate in ("1e-2", "1e-3"))
+    assert losses(first)[-1][0] == 1
+    first, second = (MemoryDecoder.load(folder / "memory_decoder.pt").blocks[0].qkv.weight for folder in (first, second))
+    assert not torch.equal(first, second)
+
+
 def test_a_run_stopped_between_two_artefacts_does_not_look_whole(six_rows, train, tmp_path, monkeypatch):
     folder = shutil.copytree(six_rows, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
