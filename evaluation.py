@@ -102,7 +102,7 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
     # One array each. Many small ones would lie between the large blocks of logits and keep their memory from being reused.
     scores = {name: np.empty((len(values), *shape), np.float32) for name, shape in shapes.items()}
     with tqdm(total=len(values), desc="held-out", unit="position",
-              disable=accelerator is not None and not accelerator.is_main_process) as bar:
+              disable=not (accelerator and accelerator.is_main_process)) as bar:
         for first, hidden in hidden_batches(base, own, batch_size):
             features = features_of(decoder, hidden, np.diff(offsets[first:first + batch_size + 1]))
             here = slice(offsets[first], offsets[first] + len(hidden))

@@ -131,6 +131,11 @@ def test_candidates_are_what_the_log_probabilities_of_an_answer_say_at_that_plac
             assert top[token]["token"] == (candidates[token]["text"] if top[token]["bytes"] else "")
 
 
+def test_more_tokens_than_an_answer_can_have_are_refused_by_their_name(client):
+    with pytest.raises(AppError, match="tokens has at most 999 tokens, not 1000"):
+        client.predict("Why?", [5] * 1000, api_name="/candidates")
+
+
 def test_candidates_of_no_tokens_are_those_of_the_first_place_whoever_asks(client):
     found = [client.predict(message=QUESTION, api_name="/candidates", **more)["candidates"] for more in ({}, {"tokens": []}) * 3]
     assert {tuple(c["id"] for c in candidates) for candidates in found} == {tuple(c["id"] for c in found[0])}

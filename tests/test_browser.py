@@ -276,6 +276,18 @@ def test_the_conversation_is_exported(visit):
     assert all(0 <= token["blended"] <= 1 and token["passages"] for token in answer["tokens"])
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_an_answer_is_copied_with_and_without_the_browsers_clipboard(visit, secure):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    text = ask(page)
+    if not secure:  # as on http beyond this machine
+        page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', {get: () => undefined})")
+    page.locator("#copy").click()
+    page.locator("#question textarea").focus()
+    page.keyboard.press("Control+V")
+    assert letters(text) and letters(page.locator("#question textarea").input_value()) == letters(text)
+
+
 def test_shift_enter_makes_a_line_and_enter_asks(visit):
     page = visit()
     put(page, max_new_tokens=5)

@@ -236,6 +236,21 @@ def test_an_answer_that_is_stopped_while_it_waits_is_not_written(desk, session):
     assert list(desk.voices(session, QUESTION, COLOUR, *controls())) == [""]
 
 
+@pytest.mark.parametrize("taken_back", ["clear", "undo"])
+def test_a_question_that_is_cleared_or_undone_while_it_waits_does_not_come_back(desk, session, taken_back):
+    ask(desk, session)
+    before = [] if taken_back == "clear" else texts(session)
+    session.ask()
+    getattr(desk, taken_back)(session, COLOUR)
+    *_, last = ask(desk, session, OTHER)
+    assert texts(session) == before and last[0] == session.messages()
+    session.ask()
+    ask(desk, session, OTHER)
+    assert [question for question, _ in texts(session)] == [question for question, _ in before] + [OTHER]
+    desk.undo(session, COLOUR)
+    assert texts(session) == before
+
+
 def test_what_a_stopped_answer_would_have_replaced_stays(desk, session):
     for question in (QUESTION, OTHER, QUESTION):
         ask(desk, session, question)

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from chat import logprobs
+from chat import RANGES, logprobs
 from generation import token_bytes
 from support.command import UserError
 
@@ -72,6 +72,8 @@ class Api:
         tokens, size = [] if tokens is None else tokens, self.chat_model.model.base.vocabulary
         if not isinstance(tokens, list) or not all(is_token(token, size) for token in tokens):
             raise refusal(UserError(f"tokens is a list of whole numbers from 0 to {size - 1}."))
+        if len(tokens) >= (most := RANGES["max_new_tokens"][1]):
+            raise refusal(UserError(f"tokens has at most {most - 1} tokens, not {len(tokens)}."))
         # At temperature 0, so that no token is among the candidates only because it was sampled.
         answer = next(self.begin(message, history, tokens, max_new_tokens=len(tokens) + 1, temperature=0, no_repeat=0, **values))
         return answer, answer.tokens[-1]

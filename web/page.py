@@ -23,7 +23,16 @@ PRESETS = {"precise": (0.2, 50), "balanced": (0.7, 50), "lively": (1.0, 100)}  #
 TRAINED_AGAIN = "This memory was trained again."
 LEGAL = "General information, not legal advice."
 PHONE = 768  # pixels up to which the settings are folded at first
-COPY_JS = "() => navigator.clipboard.writeText(document.querySelector('#tokens .answer')?.innerText ?? '')"
+COPY_JS = """() => {
+    const text = document.querySelector('#tokens .answer')?.innerText ?? '';
+    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    const box = document.createElement('textarea');  // a browser offers a clipboard on https and on this machine only
+    box.value = text;
+    document.body.append(box);
+    box.select();
+    document.execCommand('copy');
+    box.remove();
+}"""
 DOWNLOAD_JS = """text => {
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([text], {type: 'application/json'}));

@@ -17,7 +17,7 @@ from web.records import answers_of
 KEPT_TURNS = 20  # in the browser
 MOST_TURNS = 100  # in a session
 DETAILED = 2000  # tokens of a session's last answers that keep their candidates; those of one token take 8 KB
-READINGS = 4  # conversations whose last question is kept read; each takes tens of megabytes
+READINGS = 4  # conversations whose caches are kept; each takes tens of megabytes
 # What a record of another version, or one that somebody made up, may raise.
 NONSENSE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, UserError)
 NO_SUCH_PLACE = "This is no place in the last answer."
@@ -31,7 +31,8 @@ class Session:
     def __init__(self):
         self.answers, self.writing = [], None  # writing: the Answer that is wanted; None stops any that is being written
         self.reading = None  # what the models have read of this conversation
-        self.asked = self.begun = self.stopped = 0  # numbers of the last answers that were asked for, begun and stopped
+        # Numbers of the last answers that were asked for, begun, stopped, and cleared or undone while they waited.
+        self.asked = self.begun = self.stopped = self.dropped = 0
 
     def turns(self, number=None):
         """(question, answer) pairs of the first `number` questions."""
@@ -63,11 +64,19 @@ class Session:
 
     def ask(self):
         """Note that an answer was asked for. It may have to wait for those of other visitors."""
-        self.asked, self.stopped = self.begun + 1, min(self.stopped, self.begun)
+        self.asked = self.begun + 1
+        self.stopped, self.dropped = min(self.stopped, self.begun), min(self.dropped, self.begun)
 
     def stop(self):
         """Stop the answer that is being written, or the one that waits."""
         self.writing, self.stopped = None, self.begun if self.writing else self.asked
+
+    def drop(self):
+        """Stop the answer that is being written, or drop the one that waits. Returns whether one waits."""
+        waits = self.asked > max(self.begun, self.dropped)
+        self.stop()
+        self.dropped = self.asked
+        return waits
 
     def begin(self, answer):
         """Want an answer, unless it was stopped while it waited."""
@@ -164,7 +173,7 @@ class Desk:
     def put(self, session, number, answer, colouring, first=None):
         """Write an answer in the place of answer `number` and all later ones. These stay if it was stopped while it waited."""
         session.begin(answer)
-        if session.writing or number == len(session.answers):
+        if session.writing or (number == len(session.answers) and session.begun > session.dropped):
             session.add(answer, number)
             yield from self.write(session, answer, colouring, first)
         else:
@@ -213,12 +222,14 @@ class Desk:
         return panels.tokens(answer, panels.COLOURINGS[colouring][0], number), *self.token_panels(answer, number)
 
     def clear(self, session, colouring):
-        session.writing, session.answers = None, []
+        session.drop()
+        session.answers = []
         return self.shown(session, colouring)
 
     def undo(self, session, colouring):
-        """Take the last question back into the box."""
-        session.writing = None
+        """Take the last question back into the box. One that waits is only dropped."""
+        if session.drop():
+            return *self.shown(session, colouring), gr.skip()
         question = session.answers.pop().question if session.answers else ""
         return *self.shown(session, colouring), question
 
