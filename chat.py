@@ -27,7 +27,7 @@ EVERY_RULE = (*RULES, AUTO, KNN)
 RANGES = {"alpha": (0, 1), "temperature": (0, 2), "top_k": (1, 200), "max_new_tokens": (1, 1000), "k": (1, 32),
           "no_repeat": (0, 50), "knn_k": (1, 256), "knn_temperature": (1e-3, 1e6)}
 SEEDS = 2**31
-LETTERS = 32  # of a text for each token that the base model reads at most; more is refused unread, since reading it takes long
+CHARACTERS = 32  # of a text for each position of the base model; a longer text is refused before it is tokenized
 SNIPPET = 40  # tokens of a passage before the entry's own
 END = "(end)"
 VOICES = ("base alone", "blend", "memory alone")
@@ -127,7 +127,7 @@ class Chat:
         if not isinstance(message, str) or not message.strip():
             raise UserError("Type a question first.")
         message = whole_text(message.strip())
-        self.check_letters(message)
+        self.check_length(message)
         turns = [(whole_text(asked), whole_text(said)) for asked, said in self.recent(turns)]
         values = self.search_defaults | values
         rule = values.pop("rule", RULES[0])
@@ -140,18 +140,18 @@ class Chat:
                       random.randrange(SEEDS) if seed is None else seed, k)
 
     @property
-    def most_letters(self):
-        return LETTERS * self.model.base.max_positions
+    def most_characters(self):
+        return CHARACTERS * self.model.base.max_positions
 
-    def check_letters(self, *texts):
+    def check_length(self, *texts):
         """Raise UserError for texts that are surely too long."""
-        if (letters := sum(map(len, texts))) > self.most_letters:
-            raise UserError(f"The text has {letters:,} letters, and {self.model.base.title} never reads more than "
-                            f"{self.most_letters:,}; shorten it.")
+        if (length := sum(map(len, texts))) > self.most_characters:
+            raise UserError(f"The text has {length:,} characters, and {self.model.base.title} never reads more than "
+                            f"{self.most_characters:,}; shorten it.")
 
     def recent(self, turns):
         """The last turns, without those that would surely not fit."""
-        kept, left = [], self.most_letters
+        kept, left = [], self.most_characters
         for asked, said in reversed(turns[max(0, len(turns) - self.max_turns):]):
             left -= len(asked) + len(said)
             if left < 0:
@@ -252,7 +252,7 @@ class Chat:
         if not all(isinstance(given, str) and given.strip() for given in (question, text)):
             raise UserError("Type a question and an answer first.")
         question, text = whole_text(question.strip()), whole_text(text.strip())
-        self.check_letters(question, text)
+        self.check_length(question, text)
         ids = encode_to_end(base, self.template, self.template.answered(question, text))
         begin = min(shared_prefix(base.encode(self.template.prompt(question)), ids), len(ids) - 1)
         if len(ids) > base.max_positions:

@@ -52,6 +52,7 @@ def write_keys(base, windows, offsets, path, batch_size, known=0, rank=0, world=
 
 
 def open_keys(path, width):
+    """The keys (N, H) of a file, memory-mapped."""
     return np.memmap(path, dtype=np.float16, mode="r").reshape(-1, width)
 
 

@@ -210,6 +210,7 @@ def mix_probabilities(first, second):
 
 
 def perplexities(log_probabilities):
+    """Perplexity of each column: (P, ...) -> (...)."""
     return np.exp(-np.mean(log_probabilities, axis=0, dtype=np.float64))
 
 

@@ -158,7 +158,7 @@ class Step:
     memory: float  # under the memory,
     blended: float  # and under their blend
     alpha: float  # the memory's share in that blend
-    candidates: list  # (token, its three probabilities) of the BEST tokens of base, memory and blend, the blend's best first
+    candidates: list  # (id, base, memory, blend) of the BEST tokens of each and of the token itself, the blend's best first
     cut: float  # probability, under the blend, of the last token that top-k keeps
     hidden: torch.Tensor  # the query state (H,) float32, on the CPU
     seconds: float  # that the token took

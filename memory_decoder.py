@@ -50,11 +50,11 @@ class Block(nn.Module):
 
 
 def local_attention(q, k, v, context):
-    """Attention of queries (B, heads, T, D) over the last `context` of keys and values (B, heads, S, D), their own included.
+    """Attention of queries (B, heads, T, C/heads) over the last `context` of keys and values (B, heads, S, C/heads).
 
-    Query t is at position S - T + t. Returns q's shape. A long sequence is cut into blocks. Each block attends to itself
-    and to the earlier blocks within reach, so scores grow with T and not with T x S. Beltagy et al. 2020
-    (arXiv 2004.05150), section 3.1.
+    Query t is at position S - T + t and attends to itself too. Returns q's shape. A long sequence is cut into blocks. Each
+    block attends to itself and to the earlier blocks within reach, so scores grow with T and not with T x S. Beltagy et al.
+    2020 (arXiv 2004.05150), section 3.1.
     """
     B, heads, T, D = q.shape
     if T == 1 and k.shape[2] <= context:  # decoding token by token: every key is within reach
@@ -175,8 +175,8 @@ class MemoryDecoder(nn.Module):
         centre = head.mean(0, dtype=torch.float32)
         gram = sum((part.float() - centre).T @ (part.float() - centre) for part in head.split(16_384))  # W'W, in little memory
         covariance = torch.cov(keys.T)
-        # A small multiple of the identity keeps directions that are rare in the sample from being scaled up too far.
         covariance, gram = covariance.cpu(), gram.cpu()  # not every accelerator has eigh
+        # A small multiple of the identity keeps directions that are rare in the sample from being scaled up too far.
         values, vectors = torch.linalg.eigh(covariance + 1e-3 * covariance.trace() / len(mean) * torch.eye(len(mean)))
         root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
         _, Q = torch.linalg.eigh(root @ gram @ root)

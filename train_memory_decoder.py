@@ -167,7 +167,7 @@ def make_index(options, keys, entries, factory, stage, grown, earlier):
         else:
             index, mean = build_index(keys, factory, options.seed)
         np.savez(stage / "datastore_entries.npz", example=entries.example, position=entries.position, mean=mean)
-        recall = store_of(index, keys, entries, None, stage).tune(options.k, options.recall, options.seed)
+        recall = store_of(index, keys, entries, stage).tune(options.k, options.recall, options.seed)
         with new_file(stage / "faiss_index.bin") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         lists = inverted_lists(index)
@@ -177,13 +177,13 @@ def make_index(options, keys, entries, factory, stage, grown, earlier):
     print(f"index: recall@{options.k} against exact search {facts['recall']:.3f}{more}", flush=True)
 
 
-def store_of(index, keys, entries, examples, stage, device="cpu"):
+def store_of(index, keys, entries, stage, device="cpu"):
     """The TrainingDatastore of an index, over the keys on disk."""
     mean = np.load(stage / "datastore_entries.npz", allow_pickle=False)["mean"]
-    return TrainingDatastore(index, mean, entries.values, entries.example, entries.position, examples, keys, device)
+    return TrainingDatastore(index, mean, entries.values, entries.example, entries.position, None, keys, device)
 
 
-def build_neighbours(options, keys, entries, examples, factory, stages, accelerator, earlier=None):
+def build_neighbours(options, keys, entries, factory, stages, accelerator, earlier=None):
     """Stages 2 and 3: the index, then every entry's neighbours. Returns the TrainingDatastore.
 
     The first process builds the index. All search a share. earlier: the memory whose entries come first among these.
@@ -193,7 +193,7 @@ def build_neighbours(options, keys, entries, examples, factory, stages, accelera
         make_index(options, keys, entries, factory, stages.index, grown, earlier)
     accelerator.wait_for_everyone()
     index = faiss.read_index(str(stages.index / "faiss_index.bin"), faiss.IO_FLAG_MMAP)
-    store = store_of(index, keys, entries, examples, stages.index, accelerator.device)
+    store = store_of(index, keys, entries, stages.index, accelerator.device)
     if begin_together(stages.neighbours):
         find_neighbours(store, options.k, stages.neighbours.path, grown and grown[1], accelerator.process_index,
                         accelerator.num_processes)
@@ -308,7 +308,7 @@ def make_memory(options, base, corpus, earlier, claim, accelerator):
                    windows[known:] * (1 + REPLAYED) if known else None)
     [factory] = broadcast_object_list([factory])
     keys = build_datastore(options, base, corpus, windows, entries, stages.datastore, earlier, accelerator)
-    store = build_neighbours(options, keys, entries, corpus.examples, factory, stages, accelerator, grown)
+    store = build_neighbours(options, keys, entries, factory, stages, accelerator, grown)
     if begin_together(stages.decoder):
         train_decoder(options, base, keys, entries, stages, accelerator, decoder, known)
     accelerator.wait_for_everyone()

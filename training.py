@@ -24,6 +24,7 @@ REPLAYED, GROWING_RATE = 4, 0.5
 
 
 def training_temperature(options, neighbours):
+    """The temperature of the kNN weights in training, in squared distance: the option, or the default."""
     if options.knn_temperature is not None:
         return options.knn_temperature
     return default_temperature(np.load(neighbours / "neighbours_D.npy", mmap_mode="r"))

@@ -96,7 +96,7 @@ def read_rows(table, template, source=0):
     examples, left_out = [], 0
     for number, record in enumerate(table.fetch(list(dict.fromkeys(names.values())))):
         name = table.names[number] if table.names else f"{table.name}:{number + 1}"
-        row = {field: value_of(table, name, field, find(record, field), template.whole_chats) for field in template.fields}
+        row = {field: value_of(name, field, find(record, field), template.whole_chats) for field in template.fields}
         if all(row.values()):
             examples.append(Example(name, row, source))
         left_out += not all(row.values())
@@ -107,7 +107,7 @@ def read_rows(table, template, source=0):
     return examples
 
 
-def value_of(table, name, field, value, whole_chats):
+def value_of(name, field, value, whole_chats):
     """The text of a value, or its messages. Raises UserError if it has none."""
     try:
         if whole_chats:

@@ -9,12 +9,12 @@ def checksum_of(content):
 
 
 def sealed(content, indent=None):
-    """A dict as text."""
+    """A dict as JSON text with its own checksum."""
     return json.dumps(content | {"checksum": checksum_of(content)}, indent=indent) + "\n"
 
 
 def unsealed(path):
-    """The dict in a file of such text. Raises ValueError if it is not what was written. Earlier versions wrote no checksum."""
+    """The dict in a file that `sealed` wrote. Raises ValueError if it was changed. Earlier versions wrote no checksum."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("checksum", None) not in (None, checksum_of(content)):
         raise ValueError(f"{path} is damaged.")

@@ -283,14 +283,14 @@ def test_a_session_keeps_its_last_turns_and_the_candidates_of_its_last_tokens(ch
 
 def test_far_too_long_a_text_is_refused_before_it_is_read(chat, monkeypatch):
     monkeypatch.setattr(chat.model.base, "encode", lambda *_: pytest.fail("it was read"))
-    for refused in (lambda: chat.begin("a" * (chat.most_letters + 1)), lambda: chat.explore("a" * chat.most_letters, "b")):
+    for refused in (lambda: chat.begin("a" * (chat.most_characters + 1)), lambda: chat.explore("a" * chat.most_characters, "b")):
         with pytest.raises(app.UserError, match="shorten it") as error:
             refused()
         assert str(chat.model.base.name) not in str(error.value)
 
 
 def test_turns_that_cannot_fit_are_not_even_read(chat):
-    long = ("a" * chat.most_letters, "b")
+    long = ("a" * chat.most_characters, "b")
     answer = chat.begin(QUESTION, [long, ("One?", "Two."), ("Three?", "Four.")], max_new_tokens=5)
     assert answer.turns == [("One?", "Two."), ("Three?", "Four.")]
 

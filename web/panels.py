@@ -8,6 +8,7 @@ import math
 
 from chat import VOICES
 from generation import AUTO, KNN
+from web.records import NAMES
 
 COLOURINGS = {
     "memory's effect": ("effect", "blue: the memory made the token less probable", "orange: it made it more probable"),
@@ -19,7 +20,6 @@ MOST_NATS = 5.0  # at which a colour is full
 NO_ANSWER = "The model ended its answer at once. Ask in other words, or choose another rule or alpha."
 SHOWN = 10  # candidates
 MUTE = ' aria-label="no text"'
-NAMES = ("base", "memory", "blended")
 CSS = """
 :root { --color-accent: #4f46e5; } .dark { --color-accent: #a5b4fc; }  /* contrast on the page's ground */
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; padding: .2em .1em; }

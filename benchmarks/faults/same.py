@@ -16,7 +16,7 @@ AT_ONCE = 16_384
 
 
 def differences(a, b):
-    """Sentences that say what differs between two trained folders. Both must be whole. None if they hold the same memory."""
+    """Sentences that say what differs between two trained folders. Both must be whole. Empty if they hold the same memory."""
     try:
         manifests = [read_manifest(folder) for folder in (a, b)]
     except UserError as error:
