@@ -88,7 +88,7 @@ def prompt_rows(bench):
         found = rules.base_scores(bench.base, finder.windows(part.windows), 1)
         told.append(np.where(finder.in_query(part.windows), part.base, found))
     mixed = [evaluation.mix_probabilities(bench.held.base, told[0]), evaluation.mix_probabilities(bench.other.base, told[1])]
-    note = f"{query[bench.report].mean():.0%} of the positions are the query, the base's own"
+    note = f"{query[bench.report].mean():.0%} of the positions come before the row: base alone"
     return {PROMPT: bench.row(*told, note=note, **made),
             f"{PROMPT}, best alpha": bench.chosen(*mixed, alphas(), "alpha {}", **made)}
 
