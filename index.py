@@ -44,20 +44,25 @@ def choose_index(entries, width, memory):
     return next((choice for choice in choices if index_bytes(entries, width, choice) <= memory), choices[-1])
 
 
+def list_count(factory):
+    """How many inverted lists a factory string asks for."""
+    found = re.search(r"IVF(\d+)", factory)
+    return int(found[1]) if found else 0
+
+
 def index_bytes(entries, width, factory):
     """Approximate bytes of a faiss index over this many entries."""
-    codes, lists = factory.split(",")[-1], re.search(r"IVF(\d+)", factory)
+    codes = factory.split(",")[-1]
     reduced, product = re.search(r"(?:PCA[A-Z]*|OPQ\d+_)(\d+)", factory), re.match(r"PQ(\d+)(?:x(\d+))?", codes)
     kept, bits = int(reduced[1]) if reduced else width, int(product[2] or 8) if product else 0
     size = int(product[1]) * bits // 8 if product else kept * {"Flat": 4, "SQfp16": 2}.get(codes, 1)
-    rows = (int(lists[1]) if lists else 0) + (width if reduced else 0) + (2**bits if product else 0)  # centroids and rotation
+    rows = list_count(factory) + (width if reduced else 0) + (2**bits if product else 0)  # centroids and rotation
     return entries * (size + 8) + 4 * kept * rows
 
 
 def training_keys(entries, factory):
     """How many keys an index of this kind is trained with."""
-    lists = re.search(r"IVF(\d+)", factory)
-    return min(entries, max(PER_LIST * int(lists[1]) if lists else 0, FEWEST))
+    return min(entries, max(PER_LIST * list_count(factory), FEWEST))
 
 
 def inverted_lists(index):
@@ -100,10 +105,9 @@ def check_index(factory, width, entries):
 
     Some that faiss takes would end the process or make nothing of the keys: those with a size of 0.
     """
-    lists = re.search(r"IVF(\d+)", factory)
     if re.search(r"(?<!\d)0+(?!\d)", factory):
         raise UserError(f"The index {factory!r} has a size of 0; choose another --index, e.g. auto or Flat.")
-    if lists and int(lists[1]) > entries:
+    if list_count(factory) > entries:
         raise UserError(f"The index {factory!r} has more inverted lists than the {entries} entries; choose fewer.")
     try:
         index = faiss.index_factory(width, factory)

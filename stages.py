@@ -18,7 +18,7 @@ import torch
 from base_model import file_checksum
 from corpus import HELD_OUT
 from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
-from index import choose_index, index_bytes, training_keys
+from index import choose_index, index_bytes, list_count, training_keys
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
 from search import PAIRS, PROBES, SEARCH_CHUNK
 from support.command import UserError, undisturbed
@@ -27,8 +27,8 @@ from support.sealed import sealed, unsealed
 from support.shards import write_atomically
 
 STRANGERS = ("Thumbs.db", "desktop.ini")  # that Windows leaves in folders
-PROBED = 64  # about one inverted list in so many is read to reach the usual recall
-SCAN_PACE = 5e9  # multiplications and additions a second and thread, in inverted lists of fp16 numbers
+READ_LISTS = 30  # inverted lists that reach the usual recall: 20 to 37 in trainings of 106,000 to 1,309,000 entries
+SEARCH_PACE = 2e10  # multiplications and additions a second and thread, with centroids and with keys in lists
 NEW_MANIFEST = "config.json.part"
 SCORING_SECONDS = 25e-9  # for one token's logit, under everything that is compared
 
@@ -273,9 +273,11 @@ def estimate_seconds(options, base, windows, held_windows, entries, seen, factor
     tokens = sum(len(w.ids) for part in (windows, held_windows, held_windows[::2]) for w in part) + 2 * texts * length
     positions = sum(len(w.ids) - 1 - w.skip for w in held_windows) + 2 * texts * length
     scoring = positions * base.vocabulary * (2 * base.width * flop + SCORING_SECONDS)
-    if "IVF" not in factory or options.recall == 1:  # every entry meets every key
+    lists = list_count(factory)
+    if lists <= READ_LISTS or options.recall == 1:  # every entry meets every key
         searching = 2 * base.width * entries * (entries + positions) * flop
     else:
-        searching = 2 * base.width * entries / PROBED * (entries + positions) / (SCAN_PACE * torch.get_num_threads())
+        met = lists + entries * READ_LISTS / lists  # centroids and keys that an entry is compared with
+        searching = 2 * base.width * met * (entries + positions) / (SEARCH_PACE * torch.get_num_threads())
     learning = options.num_epochs * -(-len(windows) // options.batch_size) * step_seconds(options, base, windows, seen)
     return pace * tokens + searching + learning + scoring + writing
