@@ -27,6 +27,9 @@ ALPHAS = np.linspace(0, 1, 21)
 SCALES = np.linspace(0.3, 1.2, 19)  # of the memory's logits
 SAMPLES, SAMPLE_LENGTH = 16, 256  # texts that the base writes for the gate's fit, and the most tokens of one
 SAMPLES_WEIGHT = 1.0  # weight of these texts in the fit; held-out rows have weight 1
+# The rows of the report, and where their perplexities stand among its figures.
+HELD_OUT_ROWS = {"base alone": "base", "kNN-LM": "knn_lm", "memory alone": "memory", "blend of logits": "blend_logits",
+                 "blend of probabilities": "blend_probabilities", "automatic alpha": "blend_auto"}
 TEMPERATURES = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # multiples of the temperature used in training
 
 
@@ -261,15 +264,12 @@ def summarise(scores, own, temperature):
 def report_table(metrics):
     """The Markdown table of the held-out report."""
     held, chosen = metrics["held_out"], metrics["chosen"]
-    rows = [("base model alone", held["base"], ""),
-            ("kNN-LM", held["knn_lm"],
-             f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}"),
-            ("memory alone", held["memory"], "alpha 1"),
-            ("blend of logits", held["blend_logits"], f"alpha {chosen['alpha_logits']:g}"),
-            ("blend of probabilities", held["blend_probabilities"], f"alpha {chosen['alpha_probabilities']:g}"),
-            ("automatic alpha", held["blend_auto"], f"alpha {held['mean_auto_alpha']:.2f} on average")]
+    notes = ["", f"lambda {chosen['knn_lambda']:g}, temperature {chosen['knn_temperature']:.4g}, K {metrics['k']}", "alpha 1",
+             f"alpha {chosen['alpha_logits']:g}", f"alpha {chosen['alpha_probabilities']:g}",
+             f"alpha {held['mean_auto_alpha']:.2f} on average"]
     lines = ["| held-out text | perplexity | of the base's | chosen on the other half |", "|---|---:|---:|---|"]
-    lines += [f"| {name} | {value:.2f} | {value / held['base']:.2f} | {note} |" for name, value, note in rows]
+    lines += [f"| {name} | {held[key]:.2f} | {held[key] / held['base']:.2f} | {note} |"
+              for (name, key), note in zip(HELD_OUT_ROWS.items(), notes, strict=True)]
     return "\n".join(lines)
 
 

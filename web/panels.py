@@ -7,6 +7,7 @@ import html
 import math
 
 from chat import VOICES
+from evaluation import HELD_OUT_ROWS
 from generation import AUTO, KNN
 from web.records import NAMES
 
@@ -233,11 +234,9 @@ def about(chat):
              ("index", f"{metrics['index']}; training found {metrics['index_recall']:.1%} of the {metrics['k']} nearest"),
              ("memory", f"{sum(p.numel() for p in chat.model.decoder.parameters()) / 1e6:.1f} million parameters"),
              ("training", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in metrics["seconds"].items()))]
-    lines = [("base alone", "base"), ("kNN-LM", "knn_lm"), ("memory alone", "memory"), ("blend of logits", "blend_logits"),
-             ("blend of probabilities", "blend_probabilities"), ("automatic alpha", "blend_auto")]
     return ('<div class="about scroll"><h2>This memory</h2><table>'
             + "".join(f"<tr><th scope=row>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in known)
             + f"</table><h2>Held-out text: {held['positions']:,} tokens that no entry comes from</h2><table>"
             "<tr><th>predicted by</th><th>perplexity</th><th>of the base's</th></tr>"
             + "".join(f"<tr><td>{name}</td><td>{held[key]:.2f}</td><td>{held[key] / held['base']:.2f}</td></tr>"
-                      for name, key in lines) + "</table></div>")
+                      for name, key in HELD_OUT_ROWS.items()) + "</table></div>")
