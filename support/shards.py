@@ -49,7 +49,7 @@ def new_file(path):
 
 
 def noted_in(file):
-    """The shards that a process has noted as done. None if the machine itself stopped before its notes were on the disk."""
+    """The shards that a process has noted as done: [] if the machine itself stopped before the notes were on the disk."""
     try:
         return json.loads(file.read_text())
     except ValueError:
