@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 from transformers.utils import logging
 
@@ -39,6 +40,21 @@ class Literal(str):
     """A template's own words. A special token's name in them is that token. In a plain string it is only letters."""
 
 
+class RowLinear(nn.Linear):
+    """A linear layer that reads a single position as a vector.
+
+    For one row, torch's product of matrices reads bfloat16 weights on a CPU at half the rate of its product with a vector.
+    """
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if x.numel() != self.in_features:
+            return super().forward(x)
+        row = x.reshape(-1)
+        y = torch.mv(self.weight, row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+        return y.view(*x.shape[:-1], -1)
+
+
 class BaseLM:
     """A frozen causal language model and its tokenizer."""
 
@@ -56,6 +72,10 @@ class BaseLM:
             raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so answers would never end.")
         self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(self.ends)
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
+        if self.device.type == "cpu":
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = RowLinear
         marks = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self.marks = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
         self._check_logits()

@@ -16,6 +16,7 @@ import torch
 
 import evaluation
 from base_model import BaseLM
+from compiled import CompiledStep
 from datastore import Datastore, knn_weights
 from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Reading, Settings, token_bytes
 from memory_decoder import MemoryDecoder
@@ -106,6 +107,9 @@ class Chat:
         decoder, store = MemoryDecoder.load(folder / "memory_decoder.pt"), Datastore.open(folder)
         chosen = manifest["chosen"]
         model = MemoryAugmentedLM(base, decoder, templates[0].asked, Gate(**chosen["gate"]), store)
+        if options.compile:
+            print("compiling base and memory: up to a minute, less where it was done before", flush=True)
+            model.compiled = CompiledStep(base, model.decoder)
         metrics = json.loads((folder / "metrics.json").read_text())
         return cls(model, store, templates, chosen, options.max_turns, metrics, manifest)
 

@@ -113,12 +113,11 @@ def score_positions(base, decoder, windows, batch_size=16, store=None, k=None, t
                 scores["knn"][here] = knn_log_probabilities(store, hidden, values[here], k, temperature)
             y = torch.from_numpy(values[here]).long().to(base.device)[:, None]
             for block in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
-                z = base.logits(hidden[block])
-                m = decoder.log_probabilities(features[block], z)
-                found = {"base": torch.log_softmax(z, -1).gather(1, y[block])[:, 0], "memory": m.gather(1, y[block])[:, 0],
-                         "opinions": opinions(z, m)}
+                b = torch.log_softmax(base.logits(hidden[block]), -1)
+                m = decoder.log_probabilities(features[block], b)
+                found = {"base": b.gather(1, y[block])[:, 0], "memory": m.gather(1, y[block])[:, 0], "opinions": opinions(b, m)}
                 if sweep:
-                    found["blend_logits"] = sweep_logits(z, m, y[block], decoder.seen, float(decoder.backoff))
+                    found["blend_logits"] = sweep_logits(b, m, y[block], decoder.seen, float(decoder.backoff))
                 for name, tensor in found.items():
                     scores[name][here][block] = tensor.cpu().numpy()
             bar.update(len(hidden))
@@ -133,13 +132,12 @@ def in_order(parts, windows, batch_size):
     return {name: np.concatenate([part[name] for part in parts])[np.argsort(order)] for name in parts[0]}
 
 
-def sweep_logits(base_logits, memory, targets, seen, backoff):
+def sweep_logits(base, memory, targets, seen, backoff):
     """Log probability (P, A) of the targets (P, 1) under the blend of logits at every alpha.
 
-    base_logits, memory (P, V): the base's logits and the memory's log probabilities. seen (V',). For all unseen tokens, the
-    memory's log probability is the base's plus one constant. So each alpha needs only the seen tokens computed again.
+    base, memory (P, V): log probabilities. seen (V',). For all unseen tokens, the memory's log probability is the base's plus
+    one constant. So each alpha needs only the seen tokens computed again.
     """
-    base = torch.log_softmax(base_logits, -1)
     b, m = base[:, seen], memory[:, seen]
     target_b, target_m = (x.gather(1, targets)[:, 0] for x in (base, memory))
     every = len(seen) == base.shape[1]

@@ -28,26 +28,25 @@ BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte's name in vocabularies s
 BYTE_LEVEL = {name: byte for byte, name in bytes_to_unicode().items()}  # bytes by their names in vocabularies such as GPT-2's
 
 
-def blend(base_logits, memory_logits, alpha, rule="logits"):
-    """Blended logits (..., V).
+def blend(base, memory, alpha, rule="logits"):
+    """Blended logits (..., V) of two predictions (..., V), both log probabilities. These are logits with one constant taken off.
 
     logits: (1 - alpha) * base + alpha * memory, the original demo's formula.
-    probabilities: log((1 - alpha) * softmax(base) + alpha * softmax(memory)), the paper's.
+    probabilities: log((1 - alpha) * exp(base) + alpha * exp(memory)), the paper's.
     """
     if rule == "logits":
-        return (1 - alpha) * base_logits + alpha * memory_logits
+        return (1 - alpha) * base + alpha * memory
     assert rule == "probabilities", rule
     if alpha in (0, 1):
-        return torch.log_softmax(memory_logits if alpha else base_logits, dim=-1)
-    return torch.logaddexp(torch.log_softmax(base_logits, -1) + math.log(1 - alpha),
-                           torch.log_softmax(memory_logits, -1) + math.log(alpha))
+        return memory if alpha else base
+    return torch.logaddexp(base + math.log(1 - alpha), memory + math.log(alpha))
 
 
-def opinions(base_logits, memory_logits):
-    """A Gate's features (..., 5) of two predictions (..., V): entropies in nats, log top probabilities, KL(memory || base)."""
-    b, m = torch.log_softmax(base_logits, -1), torch.log_softmax(memory_logits, -1)
-    p = m.exp()
-    return torch.stack([-(b.exp() * b).sum(-1), -(p * m).sum(-1), b.amax(-1), m.amax(-1), (p * (m - b)).sum(-1)], -1)
+def opinions(base, memory):
+    """A Gate's features (..., 5) of log probabilities (..., V): entropies in nats, log top probabilities, KL(memory || base)."""
+    p, q = memory.exp(), base.exp()
+    return torch.stack([-(q * base).sum(-1), -(p * memory).sum(-1), base.amax(-1), memory.amax(-1),
+                        (p * (memory - base)).sum(-1)], -1)
 
 
 class Evidence:
@@ -176,6 +175,7 @@ class MemoryAugmentedLM:
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
         self.base, self.decoder, self.gate, self.store = base, decoder.to(base.device).eval(), gate, store
+        self.compiled = None  # a CompiledStep that reads single tokens in place of base and decoder
         # Every prompt begins with the header. Its states are no entries, so the memory skips them.
         self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
         self.ends, self.stops, self.closing = base.ends, [], ""
@@ -186,9 +186,13 @@ class MemoryAugmentedLM:
         """How many leading ids are the header, whose states the memory does not read. One id is always left."""
         return min(shared_prefix(ids, self.header), len(ids) - 1)
 
+    def readers(self, count):
+        """(what has `hidden`, what has `features`) for so many new tokens: base and decoder, or their programs."""
+        return (self.compiled, self.compiled) if self.compiled and count == 1 else (self.base, self.decoder)
+
     @torch.no_grad()
     def steps(self, ids, reading=None, weigh=False, search=None):
-        """A generator of (hidden (H,), base logits (V,), memory log probabilities (V,)). send() it each next token id.
+        """A generator of (hidden (H,), log probabilities (V,) of base and memory). send() it each next token id.
 
         Each token takes one forward pass of the base and one of the decoder, both cached. reading: what was read before, if
         anything. It goes on from there. weigh: keep its evidence. search: a function from a hidden state to the memory's log
@@ -198,19 +202,20 @@ class MemoryAugmentedLM:
         kept = reading.begin(ids, header, (weigh, search is not None))
         new, skip = ids[kept:], max(0, header - kept)
         while True:
-            hidden = self.base.hidden(torch.tensor([new]), reading.cache)[0, skip:]
-            base_logits = self.base.logits(hidden[-1])
+            reader, memory_reader = self.readers(len(new))
+            hidden = reader.hidden(torch.tensor([new]), reading.cache)[0, skip:]
+            base = torch.log_softmax(self.base.logits(hidden[-1]), -1)
             if search:
                 memory = search(hidden[-1])
             else:
-                features = self.decoder.features(hidden[None].float(), reading.memory_cache)[0]
-                memory = self.decoder.log_probabilities(features[-1], base_logits)
+                features = memory_reader.features(hidden[None].float(), reading.memory_cache)[0]
+                memory = self.decoder.log_probabilities(features[-1], base)
                 if weigh:
                     self.weigh(hidden[:-1], features[:-1], torch.tensor(new[skip + 1:]), reading.evidence)
             reading.ids += new
-            token = yield hidden[-1], base_logits, memory
+            token = yield hidden[-1], base, memory
             if weigh:
-                reading.evidence.add(float(memory[token] - torch.log_softmax(base_logits, -1)[token]))
+                reading.evidence.add(float(memory[token] - base[token]))
             new, skip = [token], 0
 
     def search(self, hidden, settings):
@@ -225,9 +230,9 @@ class MemoryAugmentedLM:
         rows = max(1, LOGITS_AT_ONCE // self.base.vocabulary)
         for i in range(0, len(tokens), rows):
             block, y = slice(i, i + rows), tokens[i:i + rows, None].to(hidden.device)
-            base_logits = self.base.logits(hidden[block])
-            memory = self.decoder.log_probabilities(features[block], base_logits)
-            for gain in (memory - torch.log_softmax(base_logits, -1)).gather(1, y)[:, 0].tolist():
+            base = torch.log_softmax(self.base.logits(hidden[block]), -1)
+            memory = self.decoder.log_probabilities(features[block], base)
+            for gain in (memory - base).gather(1, y)[:, 0].tolist():
                 evidence.add(gain)
 
     @torch.no_grad()
@@ -238,21 +243,21 @@ class MemoryAugmentedLM:
         token after them, if it is not to be sampled. reading: of the conversation so far; it goes on. Raises UserError if
         prompt and answer exceed the base model's positions, or if the rule needs a gate or a datastore that is missing.
         """
-        settings, base, ids = settings or Settings(), self.base, self.base.encode(prompt)
+        settings, ids = settings or Settings(), self.base.encode(prompt)
         self.check(settings.rule, len(ids), max_new_tokens)
         rule, generator = settings.rule, torch.Generator().manual_seed(seed) if seed is not None else None
-        reading = reading or Reading(base)
+        reading = reading or Reading(self.base)
         search = (lambda hidden: self.search(hidden, settings)) if rule == KNN else None
-        decoded, visible, answer = DecodedText(base.tokenizer), VisibleText(self.stops, self.closing), list(kept)
+        decoded, visible, answer = DecodedText(self.base.tokenizer), VisibleText(self.stops, self.closing), list(kept)
         for token in kept:
             visible.add(decoded.add(token))
         began, steps = time.perf_counter(), self.steps([*ids, *kept], reading, rule == AUTO, search)
-        hidden, base_logits, memory = next(steps)
+        hidden, base, memory = next(steps)
         while len(answer) < max_new_tokens:
             alpha = settings.alpha
             if rule == AUTO:
-                alpha = float(self.gate.alpha(opinions(base_logits, memory).cpu().numpy(), reading.evidence.means))
-            blended = blend(base_logits, memory, alpha, rule if rule in RULES else "probabilities")
+                alpha = float(self.gate.alpha(opinions(base, memory).cpu().numpy(), reading.evidence.means))
+            blended = blend(base, memory, alpha, rule if rule in RULES else "probabilities")
             allowed = without_repeated_runs(blended, answer, settings.no_repeat)
             token = sample(allowed, settings.temperature, settings.top_k, generator) if first is None else first
             first = None
@@ -263,12 +268,12 @@ class MemoryAugmentedLM:
             text = visible.add(text + (decoded.flush() if over else ""))
             last = over or visible.stopped
             text += (visible.end() if ended else visible.flush()) if last else ""
-            chances, candidates, cut = compare(base_logits, memory, blended, token, settings.top_k)
+            chances, candidates, cut = compare(base, memory, blended, token, settings.top_k)
             yield Step(token, text, *chances, alpha, candidates, cut, hidden.float().cpu(), time.perf_counter() - began)
             if last:
                 return
             began = time.perf_counter()
-            hidden, base_logits, memory = steps.send(token)
+            hidden, base, memory = steps.send(token)
 
     def check(self, rule, prompt_length, max_new_tokens):
         """Raise UserError for an answer that is too long for the base model, or a rule that this memory cannot follow."""
@@ -292,9 +297,9 @@ def without_repeated_runs(logits, answer, length):
     return allowed if allowed.max() > -math.inf else logits
 
 
-def compare(base_logits, memory_logits, blended, token, top_k):
+def compare(base, memory, blended, token, top_k):
     """(the token's three probabilities, the candidates, the cut) of a Step, from three predictions (V,)."""
-    chances = torch.softmax(torch.stack([base_logits, memory_logits, blended]), -1)  # (3, V)
+    chances = torch.stack([base.exp(), memory.exp(), torch.softmax(blended, -1)])  # (3, V)
     best = chances.topk(min(BEST, chances.shape[1])).indices.flatten()
     ids = torch.cat([best, torch.tensor([token], device=best.device)]).unique()
     candidates = zip(ids.tolist(), *chances[:, ids].tolist(), strict=True)

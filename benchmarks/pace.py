@@ -1,9 +1,11 @@
 """The time of a token: base alone, with the memory, with the automatic alpha, and of the original's way to make one.
 
     python benchmarks/pace.py --model_dir demo/trained_models    # with nothing else running
+    python benchmarks/pace.py --model_dir demo/trained_models --compile
 
 All ways take turns, token by token. Prints medians in milliseconds, and as the last line JSON with
-base_ms, memory_ms, auto_ms, generate_ms and more. "base" and the memory's ways share one loop, "generate" is transformers' own.
+base_ms, memory_ms, auto_ms, generate_ms and more. "base" and the memory's ways share one loop. "generate" is transformers' own,
+with a model as transformers loads it.
 """
 
 import argparse
@@ -13,11 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import app
+from base_model import BaseLM, RowLinear
 from chat import Chat
 from generation import AUTO, Reading, Settings, blend, opinions
 from memory_decoder import read_manifest
@@ -29,8 +33,9 @@ QUESTION = "Can my landlord keep my deposit if I left the flat as it was and pai
 class Pace:
     """A Chat and its ways of writing. Each way is a generator that yields after every token."""
 
-    def __init__(self, chat, tokens):
-        self.chat, self.model, self.base, self.tokens = chat, chat.model, chat.model.base, tokens
+    def __init__(self, chat, plain, tokens):
+        """plain: the base again, as transformers loads it."""
+        self.chat, self.model, self.base, self.plain, self.tokens = chat, chat.model, chat.model.base, plain, tokens
 
     def prompt(self, length):
         """The ids of a prompt of about this many tokens: the question, again and again."""
@@ -42,7 +47,8 @@ class Pace:
         """The base by itself: forward, head, the likeliest token."""
         cache, new = self.base.new_cache(), torch.tensor([ids])
         for _ in range(self.tokens):
-            token = int(self.base.logits(self.base.hidden(new, cache)[0, -1]).argmax())
+            reader, _ = self.model.readers(new.shape[1])
+            token = int(self.base.logits(reader.hidden(new, cache)[0, -1]).argmax())
             yield token
             new = torch.tensor([[token]])
 
@@ -67,7 +73,7 @@ class Pace:
         """transformers' own loop. Yields once for the first token and once for all others."""
         for count in (1, self.tokens):
             window = torch.tensor([ids], device=self.base.device)
-            self.base.model.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=count, min_new_tokens=count,
+            self.plain.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=count, min_new_tokens=count,
                                      do_sample=False, pad_token_id=self.base.eos)
             yield count
 
@@ -83,6 +89,14 @@ class Pace:
             token = int(blend(logits, memory, 0.5).argmax())
             yield token
             ids = [*ids, token]
+
+
+def as_loaded(model):
+    """A BaseLM's model with the layers that transformers gave it."""
+    for module in model.modules():
+        if type(module) is RowLinear:
+            module.__class__ = nn.Linear
+    return model
 
 
 def each_token(pace, rounds, length):
@@ -127,11 +141,13 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="tokens that each way writes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each way writes them")
     parser.add_argument("--lengths", type=int, nargs=2, default=[64, 512], help="tokens of the short and of the long prompt")
+    parser.add_argument("--compile", action="store_true", help="as app.py --compile")
     given = parser.parse_args()
     manifest = read_manifest(given.model_dir)
     if manifest is None:
         sys.exit(f"Nothing is trained yet in {given.model_dir}; name a memory with --model_dir.")
-    pace = Pace(Chat.open(app.parse_options(["--model_dir", given.model_dir]), manifest), given.tokens)
+    options = app.parse_options(["--model_dir", given.model_dir, *["--compile"] * given.compile])
+    pace = Pace(Chat.open(options, manifest), as_loaded(BaseLM.load(manifest["base_model"], manifest["dtype"]).model), given.tokens)
     short, long = (each_token(pace, given.rounds, length) for length in given.lengths)
     kept, again = second_turn(pace, given.rounds, given.lengths[1])
     print(f"| ms a token | behind {given.lengths[0]} tokens | behind {given.lengths[1]} |\n|---|---:|---:|")

@@ -63,10 +63,10 @@ def score_pair(base, tuned, windows, batch_size=16):
     batches = (hidden_batches(model, windows, batch_size) for model in (base, tuned))
     for (_, first), (_, second) in zip(*batches, strict=True):
         for pair in zip(first.split(1024), second.split(1024), strict=True):
-            z, m = base.logits(pair[0]), tuned.logits(pair[1])
-            y = torch.from_numpy(values[done:done + len(z)]).long().to(z.device)[:, None]
-            for name, logits in (("base", z), ("memory", m)):
-                parts[name].append(torch.log_softmax(logits, -1).gather(1, y)[:, 0].cpu().numpy())
-            parts["opinions"].append(opinions(z, m).cpu().numpy())
-            done += len(z)
+            b, m = (torch.log_softmax(model.logits(states), -1) for model, states in zip((base, tuned), pair, strict=True))
+            y = torch.from_numpy(values[done:done + len(b)]).long().to(b.device)[:, None]
+            for name, found in (("base", b), ("memory", m)):
+                parts[name].append(found.gather(1, y)[:, 0].cpu().numpy())
+            parts["opinions"].append(opinions(b, m).cpu().numpy())
+            done += len(b)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"example": example, "position": position}

@@ -1,0 +1,81 @@
+"""app.py --compile: programs for one more token, beside the models that they are made of."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_decoder, run_script
+from models import make_model
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import compiled
+from base_model import BaseLM
+from compiled import CompiledStep
+from generation import AUTO, Gate, MemoryAugmentedLM, Reading, Settings
+from support.command import UserError
+
+KINDS = {"llama": lambda: make_model(LlamaForCausalLM, LlamaConfig),
+         # Every second layer looks back eight positions only.
+         "gemma3": lambda: make_model(Gemma3ForCausalLM, Gemma3TextConfig, head_dim=16, sliding_window=8, sliding_window_pattern=2),
+         "gpt2": lambda: make_model(GPT2LMHeadModel, GPT2Config)}
+GATE = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
+PROMPT = "Question: May I keep the deposit?\nAnswer:"
+
+
+def pair(kind, tokenizer, **sizes):
+    """The same model twice: as it is, and compiled."""
+    models = [MemoryAugmentedLM(BaseLM(KINDS[kind](), tokenizer), make_decoder(**sizes), gate=GATE) for _ in range(2)]
+    models[1].compiled = CompiledStep(models[1].base, models[1].decoder)
+    return models
+
+
+@pytest.mark.parametrize(("kind", "context"), [("llama", 5), ("gemma3", 50), ("gpt2", 1)])
+def test_a_compiled_model_says_what_the_model_says(base, kind, context):
+    models = pair(kind, base.tokenizer, context=context)
+    for settings in (Settings(0.5, temperature=0), Settings(rule=AUTO, temperature=0)):
+        readings, told = [Reading(model.base) for model in models], []
+        for model, reading in zip(models, readings, strict=True):
+            first = list(model.stream(PROMPT, settings, 40, reading=reading))
+            # The next turn goes on from the caches that the programs have filled, a part of which is taken back.
+            turn = PROMPT + "".join(step.text for step in first[:20]) + " And then?"
+            told.append([*first, *model.stream(turn, settings, 10, reading=reading)])
+        assert [step.token for step in told[0]] == [step.token for step in told[1]] and len(told[0]) > 20
+        for plain, other in zip(*told, strict=True):
+            assert (other.base, other.memory, other.alpha) == pytest.approx((plain.base, plain.memory, plain.alpha), abs=1e-4)
+        torch.testing.assert_close(told[0][-1].hidden, told[1][-1].hidden, atol=1e-3, rtol=1e-3)
+
+
+def test_the_programs_are_made_once_for_all_lengths(base):
+    model = pair("llama", base.tokenizer)[1]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert len(list(model.stream(PROMPT, Settings(temperature=0), 60))) > 30
+
+
+def test_programs_that_say_something_else_are_refused(base, monkeypatch):
+    twice = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, **more: scaled_dot_product_attention(2 * q, k, v, **more))
+    monkeypatch.setattr(compiled, "F", twice)
+    with pytest.raises(UserError, match="other states when it is compiled"):
+        CompiledStep(BaseLM(KINDS["llama"](), base.tokenizer), make_decoder())
+
+
+def test_a_model_with_its_own_attention_is_refused(base):
+    plain = KINDS["llama"]()
+    plain.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="attends in a way of its own"):
+        CompiledStep(BaseLM(plain, base.tokenizer), make_decoder())
+
+
+def test_without_a_compiler_one_sentence_says_so(trained, tmp_path, monkeypatch):
+    for name, value in {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    done = run_script("app.py", "--model_dir", trained, "--device", "cpu", "--compile", "--ask", "Why?")
+    assert done.code == 2 and "install a C++ compiler" in done.err and "Traceback" not in done.err
+
+
+def test_the_page_is_served_by_compiled_programs(trained):
+    plain, other = (run_script("app.py", "--model_dir", trained, "--device", "cpu", "--ask", "Why?", "--temperature", "0", *more)
+                    for more in ((), ("--compile",)))
+    assert other.code == 0, other.err
+    assert other.out.split("\n", 1)[0].startswith("compiling") and other.out.split("\n", 1)[1] == plain.out
