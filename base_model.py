@@ -61,6 +61,7 @@ class BaseLM:
     def __init__(self, model, tokenizer, name=""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.step = None  # a compiled program for one more token; compiled.py makes it
         if self.head is None:
             raise UserError(f"The model {name} has no output embeddings, so it is not a causal language model.")
         config = model.config.get_text_config()
@@ -159,6 +160,8 @@ class BaseLM:
     @torch.no_grad()
     def hidden(self, ids, cache=None):
         """Hidden states after the final norm (B, T, H) of ids (B, T). Padding must be on the right."""
+        if self.step and cache is not None and ids.shape == (1, 1):
+            return self.step(ids.to(self.device), cache)
         T, more = ids.shape[1], self._padding(ids.shape[1], cache)
         out = self.decoder(F.pad(ids, (0, more)).to(self.device), past_key_values=cache, use_cache=cache is not None)
         if more:

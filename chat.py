@@ -16,7 +16,7 @@ import torch
 
 import evaluation
 from base_model import BaseLM
-from compiled import CompiledStep
+from compiled import compile_step
 from datastore import Datastore, knn_weights
 from generation import AUTO, KNN, RULES, Gate, MemoryAugmentedLM, Reading, Settings, token_bytes
 from memory_decoder import MemoryDecoder
@@ -103,13 +103,13 @@ class Chat:
         if base.fingerprint != manifest["base_fingerprint"]:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
+        if options.compile and not base.step:
+            print("compiling the base: up to a minute, less where it was done before", flush=True)
+            compile_step(base)
         templates, folder = [Template.parse(source["template"], base) for source in manifest["sources"]], Path(options.model_dir)
         decoder, store = MemoryDecoder.load(folder / "memory_decoder.pt"), Datastore.open(folder)
         chosen = manifest["chosen"]
         model = MemoryAugmentedLM(base, decoder, templates[0].asked, Gate(**chosen["gate"]), store)
-        if options.compile:
-            print("compiling base and memory: up to a minute, less where it was done before", flush=True)
-            model.compiled = CompiledStep(base, model.decoder)
         metrics = json.loads((folder / "metrics.json").read_text())
         return cls(model, store, templates, chosen, options.max_turns, metrics, manifest)
 

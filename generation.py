@@ -175,7 +175,6 @@ class MemoryAugmentedLM:
             raise UserError(f"The memory decoder was trained for hidden size {decoder.sizes['hidden_size']} and "
                             f"{decoder.sizes['vocab_size']} tokens, but {base.name} has {base.width} and {base.vocabulary}.")
         self.base, self.decoder, self.gate, self.store = base, decoder.to(base.device).eval(), gate, store
-        self.compiled = None  # a CompiledStep that reads single tokens in place of base and decoder
         # Every prompt begins with the header. Its states are no entries, so the memory skips them.
         self.header = base.encode([Literal(template.header.rstrip(" "))] if template else "")
         self.ends, self.stops, self.closing = base.ends, [], ""
@@ -185,10 +184,6 @@ class MemoryAugmentedLM:
     def skipped(self, ids):
         """How many leading ids are the header, whose states the memory does not read. One id is always left."""
         return min(shared_prefix(ids, self.header), len(ids) - 1)
-
-    def readers(self, count):
-        """(what has `hidden`, what has `features`) for so many new tokens: base and decoder, or their programs."""
-        return (self.compiled, self.compiled) if self.compiled and count == 1 else (self.base, self.decoder)
 
     @torch.no_grad()
     def steps(self, ids, reading=None, weigh=False, search=None):
@@ -202,13 +197,12 @@ class MemoryAugmentedLM:
         kept = reading.begin(ids, header, (weigh, search is not None))
         new, skip = ids[kept:], max(0, header - kept)
         while True:
-            reader, memory_reader = self.readers(len(new))
-            hidden = reader.hidden(torch.tensor([new]), reading.cache)[0, skip:]
+            hidden = self.base.hidden(torch.tensor([new]), reading.cache)[0, skip:]
             base = torch.log_softmax(self.base.logits(hidden[-1]), -1)
             if search:
                 memory = search(hidden[-1])
             else:
-                features = memory_reader.features(hidden[None].float(), reading.memory_cache)[0]
+                features = self.decoder.features(hidden[None].float(), reading.memory_cache)[0]
                 memory = self.decoder.log_probabilities(features[-1], base)
                 if weigh:
                     self.weigh(hidden[:-1], features[:-1], torch.tensor(new[skip + 1:]), reading.evidence)

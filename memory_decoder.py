@@ -25,10 +25,9 @@ LEAST_BLOCK = 16  # fewest positions in a block of attention
 class Block(nn.Module):
     """One Transformer encoder layer. Its causal mask reaches back `context` positions, the current one included."""
 
-    def __init__(self, number, width, heads, context, norm_first, dropout):
-        """number: of the layer, which is its place in a DecoderCache."""
+    def __init__(self, width, heads, context, norm_first, dropout):
         super().__init__()
-        self.number, self.dropout = number, nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.heads, self.context, self.norm_first = heads, context, norm_first
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -37,8 +36,9 @@ class Block(nn.Module):
     def attend(self, x, cache):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
-        found = local_attention(q, k, v, self.context) if cache is None else cache.attend(self.number, q, k, v, self.context)
-        return self.out(found.transpose(1, 2).reshape(B, T, C))
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        return self.out(local_attention(q, k, v, self.context).transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C)."""
@@ -92,28 +92,28 @@ def attend(q, k, v, seen):
 
 
 class DecoderCache:
-    """Every layer's keys and values, kept for decoding one position after another. The last positions can be taken back."""
+    """Every block's keys and values, kept for decoding one position after another. The last positions can be taken back."""
 
     def __init__(self):
-        self.stored, self.lengths = {}, {}  # layer -> keys and values (2, B, heads, room, C/heads), and how much of room is used
+        self.stored, self.lengths = {}, {}  # block -> keys and values (2, B, heads, room, C/heads), and how much of room is used
 
-    def attend(self, layer, q, k, v, context):
-        """local_attention of new queries (B, heads, T, C/heads) to all positions so far. Their keys and values are kept."""
-        old = self.lengths.get(layer, 0)
-        here = self.lengths[layer] = old + k.shape[2]
-        if layer not in self.stored or here > self.stored[layer].shape[3]:  # room for twice as many
+    def append(self, block, k, v):
+        """Keys and values (B, heads, S, C/heads) that the new positions may attend to, their own last."""
+        old = self.lengths.get(block, 0)
+        here = self.lengths[block] = old + k.shape[2]
+        if block not in self.stored or here > self.stored[block].shape[3]:  # room for twice as many
             grown = k.new_empty((2, *k.shape[:2], 2 * here, k.shape[3]))
             if old:
-                grown[:, :, :, :old] = self.stored[layer][:, :, :, :old]
-            self.stored[layer] = grown
-        kept = self.stored[layer]
+                grown[:, :, :, :old] = self.stored[block][:, :, :, :old]
+            self.stored[block] = grown
+        kept = self.stored[block]
         kept[0, :, :, old:here], kept[1, :, :, old:here] = k, v
-        first = max(0, old - context + 1)
-        return local_attention(q, kept[0, :, :, first:here], kept[1, :, :, first:here], context)
+        first = max(0, old - block.context + 1)
+        return kept[0, :, :, first:here], kept[1, :, :, first:here]
 
     def cut(self, length):
         """Take back all positions from `length` on."""
-        self.lengths = {layer: min(length, old) for layer, old in self.lengths.items()}
+        self.lengths = {block: min(length, old) for block, old in self.lengths.items()}
 
 
 class MemoryDecoder(nn.Module):
@@ -137,8 +137,7 @@ class MemoryDecoder(nn.Module):
         self.input_projection = nn.Linear(hidden_size, decoder_dim)
         self.input_norm = nn.LayerNorm(decoder_dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(number, decoder_dim, num_heads, context, norm_first, dropout)
-                                    for number in range(num_layers))
+        self.blocks = nn.ModuleList(Block(decoder_dim, num_heads, context, norm_first, dropout) for _ in range(num_layers))
         self.output_norm = nn.LayerNorm(decoder_dim) if norm_first else nn.Identity()
         self.output_projection = nn.Linear(decoder_dim, len(self.seen))
 

@@ -47,8 +47,7 @@ class Pace:
         """The base by itself: forward, head, the likeliest token."""
         cache, new = self.base.new_cache(), torch.tensor([ids])
         for _ in range(self.tokens):
-            reader, _ = self.model.readers(new.shape[1])
-            token = int(self.base.logits(reader.hidden(new, cache)[0, -1]).argmax())
+            token = int(self.base.logits(self.base.hidden(new, cache)[0, -1]).argmax())
             yield token
             new = torch.tensor([[token]])
 

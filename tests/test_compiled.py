@@ -1,4 +1,4 @@
-"""app.py --compile: programs for one more token, beside the models that they are made of."""
+"""app.py --compile: a program for one more token, beside the model that it is made of."""
 
 import os
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 import compiled
 from base_model import BaseLM
-from compiled import CompiledStep
+from compiled import compile_step
 from generation import AUTO, Gate, MemoryAugmentedLM, Reading, Settings
 from support.command import UserError
 
@@ -24,21 +24,21 @@ GATE = Gate([0.5, -0.4, 0.3, -0.2, 0.1, 0.8, -0.6, 0.7], -0.5)
 PROMPT = "Question: May I keep the deposit?\nAnswer:"
 
 
-def pair(kind, tokenizer, **sizes):
+def pair(kind, tokenizer):
     """The same model twice: as it is, and compiled."""
-    models = [MemoryAugmentedLM(BaseLM(KINDS[kind](), tokenizer), make_decoder(**sizes), gate=GATE) for _ in range(2)]
-    models[1].compiled = CompiledStep(models[1].base, models[1].decoder)
+    models = [MemoryAugmentedLM(BaseLM(KINDS[kind](), tokenizer), make_decoder(), gate=GATE) for _ in range(2)]
+    compile_step(models[1].base)
     return models
 
 
-@pytest.mark.parametrize(("kind", "context"), [("llama", 5), ("gemma3", 50), ("gpt2", 1)])
-def test_a_compiled_model_says_what_the_model_says(base, kind, context):
-    models = pair(kind, base.tokenizer, context=context)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_says_what_the_model_says(base, kind):
+    models = pair(kind, base.tokenizer)
     for settings in (Settings(0.5, temperature=0), Settings(rule=AUTO, temperature=0)):
         readings, told = [Reading(model.base) for model in models], []
         for model, reading in zip(models, readings, strict=True):
             first = list(model.stream(PROMPT, settings, 40, reading=reading))
-            # The next turn goes on from the caches that the programs have filled, a part of which is taken back.
+            # The next turn goes on from the cache that the program has filled, a part of which is taken back.
             turn = PROMPT + "".join(step.text for step in first[:20]) + " And then?"
             told.append([*first, *model.stream(turn, settings, 10, reading=reading)])
         assert [step.token for step in told[0]] == [step.token for step in told[1]] and len(told[0]) > 20
@@ -47,24 +47,24 @@ def test_a_compiled_model_says_what_the_model_says(base, kind, context):
         torch.testing.assert_close(told[0][-1].hidden, told[1][-1].hidden, atol=1e-3, rtol=1e-3)
 
 
-def test_the_programs_are_made_once_for_all_lengths(base):
+def test_the_program_is_made_once_for_all_lengths(base):
     model = pair("llama", base.tokenizer)[1]
     with torch.compiler.set_stance("fail_on_recompile"):
         assert len(list(model.stream(PROMPT, Settings(temperature=0), 60))) > 30
 
 
-def test_programs_that_say_something_else_are_refused(base, monkeypatch):
+def test_a_program_that_says_something_else_is_refused(base, monkeypatch):
     twice = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, **more: scaled_dot_product_attention(2 * q, k, v, **more))
     monkeypatch.setattr(compiled, "F", twice)
     with pytest.raises(UserError, match="other states when it is compiled"):
-        CompiledStep(BaseLM(KINDS["llama"](), base.tokenizer), make_decoder())
+        compile_step(BaseLM(KINDS["llama"](), base.tokenizer))
 
 
 def test_a_model_with_its_own_attention_is_refused(base):
     plain = KINDS["llama"]()
     plain.set_attn_implementation("eager")
     with pytest.raises(UserError, match="attends in a way of its own"):
-        CompiledStep(BaseLM(plain, base.tokenizer), make_decoder())
+        compile_step(BaseLM(plain, base.tokenizer))
 
 
 def test_without_a_compiler_one_sentence_says_so(trained, tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_without_a_compiler_one_sentence_says_so(trained, tmp_path, monkeypatch)
     assert done.code == 2 and "install a C++ compiler" in done.err and "Traceback" not in done.err
 
 
-def test_the_page_is_served_by_compiled_programs(trained):
+def test_a_compiled_model_answers_in_the_terminal(trained):
     plain, other = (run_script("app.py", "--model_dir", trained, "--device", "cpu", "--ask", "Why?", "--temperature", "0", *more)
                     for more in ((), ("--compile",)))
     assert other.code == 0, other.err
