@@ -14,7 +14,8 @@ from datastore import Datastore
 from index import inverted_lists, transforms
 from support.shards import Shards, write_rows
 
-SEARCH_CHUNK = 16_384  # queries that meet a list at once
+SEARCH_CHUNK = 16_384  # fewest entries that are searched for at once
+QUERY_NUMBERS = 2**26  # numbers in the queries of one search, if these are more than SEARCH_CHUNK
 PROBES = 2**22  # pairs of query and inverted list that are sorted at once
 PAIRS = 2**21  # pairs of query and key that are compared at once, so that their distances stay in the cache
 SAMPLE = 512  # stored entries whose exact neighbours tell how many lists to read
@@ -119,19 +120,28 @@ class Nearest:
 
     def __init__(self, queries, example, D, I, device):
         """queries (Q, H) minus the mean, their examples (Q,), and D, I (Q, K) to start with."""
-        self.queries, self.example, D, I = (torch.tensor(np.asarray(x), device=device) for x in (queries, example, D, I))
+        self.queries, self.example = (torch.as_tensor(np.asarray(x), device=device) for x in (queries, example))
+        D, I = (torch.tensor(np.asarray(x), device=device) for x in (D, I))
         self.lengths = self.queries.square().sum(1, keepdim=True)
         self.D, self.I = D - self.lengths, I.long()  # |q - x|^2 - |q|^2, which sorts alike
+        # Kept from list to list: memory that is new each time would take longer to get than to fill.
+        self.chosen, self.products = self.queries.new_empty(0), self.queries.new_empty(max(PAIRS, len(D)))
 
     def compare(self, rows, ids, store):
         """Let these rows of the queries (None: all) meet the entries ids (M,) of a TrainingDatastore."""
         device, k = self.D.device, self.D.shape[1]
         own = torch.from_numpy(store.example[ids]).to(device)
-        met = torch.from_numpy(store.keys[ids].astype(np.float32) - store.mean).to(device)
-        queries = self.queries if rows is None else self.queries.index_select(0, rows := rows.to(device))
-        rows = torch.arange(len(queries), device=device) if rows is None else rows
+        met = torch.from_numpy(store.keys[ids]).to(device).float().sub_(torch.from_numpy(store.mean).to(device))
+        if rows is None:
+            queries, rows = self.queries, torch.arange(len(self.queries), device=device)
+        else:
+            rows = rows.to(device)
+            if len(rows) > len(self.chosen):
+                self.chosen = torch.empty_like(self.queries[:2 * len(rows)])
+            queries = torch.index_select(self.queries, 0, rows, out=self.chosen[:len(rows)])
         # Without the mean, this product is exact enough in float32.
-        new = torch.addmm(met.square().sum(1), queries, met.T, alpha=-2)
+        room = self.products[:len(rows) * len(ids)].view(len(rows), len(ids))
+        new = torch.addmm(met.square().sum(1), queries, met.T, alpha=-2, out=room)
         nearer = new.amin(1) < self.D[rows, -1]  # mostly few, and sorting takes as long as the product
         rows, new, ids = rows[nearer], new[nearer], torch.from_numpy(ids).to(device)
         new.masked_fill_(self.example[rows, None] == own, torch.inf)
@@ -160,6 +170,14 @@ def pieces(ids, queries):
         yield ids[i:i + size]
 
 
+def chunk_size(entries, width):
+    """How many entries are searched for at once.
+
+    Every chunk reads most keys anew, so chunks are large. But there are eight or more, for several processes to share.
+    """
+    return max(SEARCH_CHUNK, min(-(-entries // 8), QUERY_NUMBERS // width))
+
+
 def find_neighbours(store, k, folder, earlier=None, rank=0, world=1):
     """Write D fp32 and I int32 (N, K) of every entry of a TrainingDatastore. A stopped run is resumed.
 
@@ -168,7 +186,7 @@ def find_neighbours(store, k, folder, earlier=None, rank=0, world=1):
     """
     known = [np.load(earlier / f"neighbours_{name}.npy", mmap_mode="r") for name in "DI"] if earlier else None
     old = len(known[0]) if known else 0
-    shards = Shards(folder / "neighbours_done", [0, old, len(store)], SEARCH_CHUNK, rank, world)
+    shards = Shards(folder / "neighbours_done", [0, old, len(store)], chunk_size(*store.keys.shape), rank, world)
     total = sum(rows.stop - rows.start for rows in shards.left)
     with tqdm(total=total, desc="neighbours", unit="entry", disable=rank > 0) as bar:
         for rows in shards:

@@ -20,7 +20,7 @@ from corpus import HELD_OUT
 from evaluation import SAMPLE_LENGTH, SAMPLES, SAMPLES_WEIGHT
 from index import choose_index, index_bytes, list_count, training_keys
 from memory_decoder import LOGITS_AT_ONCE, SCORES_AT_ONCE, MemoryDecoder, TrainingLoss, block_size
-from search import PAIRS, PROBES, SEARCH_CHUNK
+from search import PAIRS, PROBES, chunk_size
 from support.command import UserError, undisturbed
 from support.machine import fast_bfloat16, free_memory
 from support.sealed import sealed, unsealed
@@ -232,7 +232,7 @@ def estimate_memory(options, base, entries, seen, factory):
     learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
                 + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))
     scoring = 6 * 4 * LOGITS_AT_ONCE // 4
-    searching = 12 * PAIRS + 24 * PROBES + 3 * 4 * SEARCH_CHUNK * base.width
+    searching = 16 * PAIRS + 24 * PROBES + 3 * 4 * chunk_size(entries, base.width) * base.width
     building = 6 * base.width * training_keys(entries, factory)  # in half and in full precision, while the index is empty
     return max(building, index_bytes(entries, base.width, factory) + max(learning, scoring, searching))
 

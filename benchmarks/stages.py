@@ -31,7 +31,7 @@ from datastore import open_keys, write_keys
 from index import build_index, choose_index, inverted_lists
 from memory_decoder import MemoryDecoder, TrainingLoss
 from neighbours import LENGTH, PeakMemory, seconds_of, write_clustered
-from search import TrainingDatastore, find_neighbours
+from search import TrainingDatastore, chunk_size, find_neighbours
 from texts import Entries, entries_of, windows_of_sources
 from training import Batches
 
@@ -130,8 +130,8 @@ def grown(count, width, memory, work):
         del index, store
         with PeakMemory() as peak:
             store = store_of(faiss.read_index(str(folder / "index"), faiss.IO_FLAG_MMAP), mean, entries, keys)
-            part = keys[:SEARCHED]
-            searched, (D, I) = seconds_of(lambda: store.search_others(part, entries.example[:SEARCHED], K))
+            part = keys[:chunk_size(count, width)]
+            searched, (D, I) = seconds_of(lambda: store.search_others(part, entries.example[:len(part)], K))
         for letter, array, kind in (("D", D, np.float32), ("I", I, np.int32)):
             np.save(folder / f"neighbours_{letter}.npy", array.astype(kind))
         found |= {"search_seconds": searched * count / len(part), "search_peak_gib": peak.peak / 2**30}

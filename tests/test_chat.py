@@ -299,7 +299,7 @@ def test_the_explorer_measures_what_teacher_forcing_gives(chat):
     ids = [*base.encode(f"{prompt} {text}"), base.eos]
     hidden = base.hidden(torch.tensor([ids]))[0]
     skip, begin = model.skipped(ids), len(base.encode(prompt))
-    z = base.logits(hidden)[skip:]
+    z = base.logits(hidden)[skip:].log_softmax(-1)
     with torch.no_grad():
         m = model.decoder.log_probabilities(model.decoder.features(hidden[None, skip:].float())[0], z)
     for rule, alpha in itertools.product(RULES, (0, 0.5, 1)):
@@ -384,10 +384,10 @@ def test_the_explorers_gate_reads_the_text_token_by_token(chat):
     with torch.no_grad():
         for place in range(skip + 1, len(ids)):
             hidden = model.base.hidden(torch.tensor([ids[:place]]))[0, skip:]
-            own = model.base.logits(hidden[-1])
+            own = model.base.logits(hidden[-1]).log_softmax(-1)
             memory = model.decoder.log_probabilities(model.decoder.features(hidden[None].float())[0, -1], own)
             alpha = float(model.gate.alpha(opinions(own, memory).numpy(), evidence.means))
-            evidence.add(float(memory[ids[place]] - torch.log_softmax(own, -1)[ids[place]]))
+            evidence.add(float(memory[ids[place]] - own[ids[place]]))
             logs.append(float(blend(own, memory, alpha, "probabilities")[ids[place]]))
     assert chat.explore(QUESTION, text)["auto"] == pytest.approx(math.exp(-np.mean(logs[len(prompt) - skip - 1:])), rel=1e-3)
 

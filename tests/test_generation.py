@@ -33,10 +33,12 @@ def memory_of(base, decoder, hidden, skip=0):
 
 
 def test_the_blend_follows_both_formulas():
-    base_logits, memory = torch.randn(3, 20), torch.randn(3, 20)
-    torch.testing.assert_close(blend(base_logits, memory, 0.3), 0.7 * base_logits + 0.3 * memory)
-    p = 0.7 * torch.softmax(base_logits, -1) + 0.3 * torch.softmax(memory, -1)
-    torch.testing.assert_close(blend(base_logits, memory, 0.3, "probabilities").exp(), p)
+    base_logits, memory_logits = torch.randn(3, 20), torch.randn(3, 20)
+    base, memory = torch.log_softmax(base_logits, -1), torch.log_softmax(memory_logits, -1)
+    expected = torch.softmax(0.7 * base_logits + 0.3 * memory_logits, -1)
+    torch.testing.assert_close(torch.softmax(blend(base, memory, 0.3), -1), expected)
+    p = 0.7 * torch.softmax(base_logits, -1) + 0.3 * torch.softmax(memory_logits, -1)
+    torch.testing.assert_close(blend(base, memory, 0.3, "probabilities").exp(), p)
 
 
 def test_at_alpha_zero_the_blend_is_the_bases_own_logits_and_at_one_the_memory(model):
@@ -73,7 +75,7 @@ def greedy_twin(model, prompt, alpha, rule, count):
     for _ in range(count):
         hidden = base.hidden(torch.tensor([ids]))
         memory = memory_of(base, model.decoder, hidden, shared_prefix(ids, model.header))[-1]
-        ids.append(int(blend(base.logits(hidden[0, -1]), memory, alpha, rule).argmax()))
+        ids.append(int(blend(base.logits(hidden[0, -1]).log_softmax(-1), memory, alpha, rule).argmax()))
         out.append(ids[-1])
         if ids[-1] in model.ends:
             break
@@ -148,7 +150,7 @@ def test_auto_without_a_gate_is_refused_in_words(model):
 
 def test_opinions_are_entropies_top_probabilities_and_the_divergence():
     base, memory = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.1, 0.8])
-    given = opinions(base.log() + 3, memory.log() - 2)  # logits may have any offset
+    given = opinions(base.log(), memory.log())
     kl = sum(p * np.log(p / q) for p, q in ((0.1, 0.5), (0.1, 0.25), (0.8, 0.25)))
     expected = [-(0.5 * np.log(0.5) + 0.5 * np.log(0.25)), -(0.2 * np.log(0.1) + 0.8 * np.log(0.8)), np.log(0.5), np.log(0.8), kl]
     np.testing.assert_allclose(given.numpy(), expected, atol=1e-5)
