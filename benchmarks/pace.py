@@ -140,11 +140,13 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="tokens that each way writes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each way writes them")
     parser.add_argument("--lengths", type=int, nargs=2, default=[64, 512], help="tokens of the short and of the long prompt")
+    parser.add_argument("--dtype", help="number format of the base; default: that of the training")
     parser.add_argument("--compile", action="store_true", help="as app.py --compile")
     given = parser.parse_args()
     manifest = read_manifest(given.model_dir)
     if manifest is None:
         sys.exit(f"Nothing is trained yet in {given.model_dir}; name a memory with --model_dir.")
+    manifest["dtype"] = given.dtype or manifest["dtype"]
     options = app.parse_options(["--model_dir", given.model_dir, *["--compile"] * given.compile])
     pace = Pace(Chat.open(options, manifest), as_loaded(BaseLM.load(manifest["base_model"], manifest["dtype"]).model), given.tokens)
     short, long = (each_token(pace, given.rounds, length) for length in given.lengths)
