@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -41,18 +42,14 @@ class Literal(str):
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that reads a single position as a vector.
-
-    For one row, torch's product of matrices reads bfloat16 weights on a CPU at half the rate of its product with a vector.
-    """
+    """A linear layer that reads a single position as a vector. On a CPU in bfloat16 that is faster than a product of matrices."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if x.numel() != self.in_features:
             return super().forward(x)
-        row = x.reshape(-1)
-        y = torch.mv(self.weight, row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
-        return y.view(*x.shape[:-1], -1)
+        y = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 class BaseLM:
@@ -73,7 +70,7 @@ class BaseLM:
             raise UserError(f"The tokenizer of {name} has no end-of-sequence token, so answers would never end.")
         self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(self.ends)
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.head.weight.dtype == torch.bfloat16:
             for module in model.modules():
                 if type(module) is nn.Linear:
                     module.__class__ = RowLinear
@@ -291,7 +288,7 @@ def converted(path):
     except OSError as error:
         raise UserError(f"Nothing can be written to {CACHE} ({error.strerror}), where {path} would be unpacked; set XDG_CACHE_HOME "
                         "to a folder of your own.") from None
-    print(f"unpacking {path.name} once, into {CACHE}", flush=True)
+    print(f"unpacking {path.name} once, into {CACHE}", file=sys.stderr, flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import random
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class Chat:
             raise UserError(f"The base model {base.name} is not the one this memory was trained with "
                             f"({manifest['base_model']}); name that one with --base_model or train again.")
         if options.compile and not base.step:
-            print("compiling the base: up to a minute, less where it was done before", flush=True)
+            print("compiling the base: up to a minute, less where it was done before", file=sys.stderr, flush=True)
             compile_step(base)
         templates, folder = [Template.parse(source["template"], base) for source in manifest["sources"]], Path(options.model_dir)
         decoder, store = MemoryDecoder.load(folder / "memory_decoder.pt"), Datastore.open(folder)

@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from base_model import CHECKED_TEXT
 from support.command import UserError, one_line
+from support.machine import lacks_memory
 
 NAME = "memory_decoder"  # of this way to attend, among those that transformers knows
 running = threading.local()  # .cache: that of the program which runs in this thread
@@ -34,6 +35,8 @@ def attended_shape(q, k, v, layer, scale):
 def attention(module, q, k, v, mask, scaling=None, **more):
     """transformers' own attention, but in a program the callback. Returns (attended (B, T, heads, D), None)."""
     if torch.compiler.is_compiling():
+        if any(more.get(name) is not None for name in ("position_bias", "s_aux", "softcap")):
+            raise NotImplementedError("its attention has more than queries, keys and values")
         return attend(q, k, v, module.layer_idx, q.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
     return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **more)
 
@@ -57,11 +60,32 @@ class Outside(DynamicCache):
 def compile_step(base):
     """Let a BaseLM read single tokens by a compiled program.
 
-    Raises UserError if it cannot be made here, or if its hidden states are not the base's.
+    Raises UserError if it cannot be made here, or if its hidden states are not the base's. The base is then as before.
     """
-    if base.model.config.get_text_config()._attn_implementation != "sdpa":
+    config = base.model.config.get_text_config()
+    by_length = "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "attn_temperature_tuning", 0)
+    if config._attn_implementation != "sdpa" or by_length:
         raise UserError(f"{base.name} attends in a way of its own and cannot be compiled; leave out --compile.")
-    expected, outside = states(base), Outside(config=base.model.config)
+    expected = states(base)
+    try:
+        base.step = program_of(base)
+        found = states(base)
+        rounding = max(1e-3, 12 * torch.finfo(base.head.weight.dtype).eps)
+        if not (found - expected).norm() <= rounding * expected.norm():
+            raise UserError(f"{base.name} gives other states when it is compiled, so its answers would be wrong; leave out "
+                            "--compile.")
+    except Exception as error:  # of the model, of the compiler or of PyTorch, which raises many kinds
+        base.step = None
+        base.model.set_attn_implementation("sdpa")
+        if isinstance(error, UserError) or lacks_memory(error):
+            raise
+        remedy = "install a C++ compiler or " if "C++ compiler" in str(error) else ""
+        raise UserError(f"{base.name} cannot be compiled here ({one_line(error)[:160]}); {remedy}leave out --compile.") from None
+
+
+def program_of(base):
+    """A function (ids (1, 1), cache) -> hidden state (1, 1, H) that is compiled when it is called first."""
+    outside = Outside(config=base.model.config)
     base.model.set_attn_implementation(NAME)
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -70,17 +94,11 @@ def compile_step(base):
 
     def step(ids, cache):
         running.cache = cache
-        return program(ids, torch.tensor([[cache.get_seq_length()]], device=base.device))
-
-    base.step = step
-    try:
-        found = states(base)
-    except Exception as error:  # of the model, of the compiler or of PyTorch, which raises many kinds
-        raise UserError(f"{base.name} cannot be compiled here ({one_line(error)[:160]}); install a C++ compiler such as g++, or "
-                        "leave out --compile.") from None
-    rounding = max(1e-3, 12 * torch.finfo(base.head.weight.dtype).eps)
-    if not (found - expected).norm() <= rounding * expected.norm():
-        raise UserError(f"{base.name} gives other states when it is compiled, so its answers would be wrong; leave out --compile.")
+        try:
+            return program(ids, torch.tensor([[cache.get_seq_length()]], device=base.device))
+        finally:
+            running.cache = None  # threads live longer than conversations
+    return step
 
 
 def states(base):

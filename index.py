@@ -83,15 +83,20 @@ def build_index(keys, factory, seed=0):
         index = faiss.index_factory(keys.shape[1], factory)
         limit_training(index)
         if not index.is_trained:
-            picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:training_keys(len(keys), factory)])
-            sample = keys[picks].astype(np.float32)
-            sample -= mean
-            index.train(sample)
+            index.train(training_sample(keys, mean, factory, seed))
         for _, chunk in tqdm(centred(keys, mean), total=-(-len(keys) // CHUNK), desc="index", unit="chunk"):
             index.add(chunk)
     except RuntimeError as error:
         raise refusal(factory, error) from None
     return index, mean
+
+
+def training_sample(keys, mean, factory, seed):
+    """Keys (n, H) in float32 minus the mean, drawn at random, from which an index of this kind learns."""
+    picks = np.sort(np.random.default_rng(seed).permutation(len(keys))[:training_keys(len(keys), factory)])
+    sample = keys[picks].astype(np.float32)
+    sample -= mean
+    return sample
 
 
 def refusal(factory, error):

@@ -14,8 +14,8 @@ from datastore import Datastore
 from index import inverted_lists, transforms
 from support.shards import Shards, write_rows
 
-SEARCH_CHUNK = 16_384  # fewest entries that are searched for at once
-QUERY_NUMBERS = 2**26  # numbers in the queries of one search, if these are more than SEARCH_CHUNK
+SEARCH_CHUNK = 16_384  # queries of a small datastore that meet its keys at once
+SEARCH_NUMBERS = 2**26  # numbers that the queries of a large one have, with their neighbours
 PROBES = 2**22  # pairs of query and inverted list that are sorted at once
 PAIRS = 2**21  # pairs of query and key that are compared at once, so that their distances stay in the cache
 SAMPLE = 512  # stored entries whose exact neighbours tell how many lists to read
@@ -58,10 +58,13 @@ class TrainingDatastore(Datastore):
 
     def better(self, D, I, queries, example, first):
         """D, I (Q, K) of the K nearest among neighbours D, I (Q, K) and the entries from the number `first` on."""
-        best = Nearest(np.asarray(queries, np.float32) - self.mean, example, D, I, self.device)
-        for ids in pieces(np.arange(first, len(self)), len(queries)):
-            best.compare(None, ids, self)
-        return best.result()
+        queries, found = np.asarray(queries, np.float32) - self.mean, []
+        for part in (slice(i, i + SEARCH_CHUNK) for i in range(0, len(queries), SEARCH_CHUNK)):
+            best = Nearest(queries[part], example[part], D[part], I[part], self.device)
+            for ids in pieces(np.arange(first, len(self)), len(best.D)):
+                best.compare(None, ids, self)
+            found.append(best.result())
+        return tuple(map(np.concatenate, zip(*found, strict=True)))
 
     def probes(self):
         """Whether a search reads only some of the entries."""
@@ -170,12 +173,12 @@ def pieces(ids, queries):
         yield ids[i:i + size]
 
 
-def chunk_size(entries, width):
+def chunk_size(entries, width, k):
     """How many entries are searched for at once.
 
-    Every chunk reads most keys anew, so chunks are large. But there are eight or more, for several processes to share.
+    Every chunk reads most keys anew, so chunks grow with the datastore. But a large one has 16 or more, for several processes.
     """
-    return max(SEARCH_CHUNK, min(-(-entries // 8), QUERY_NUMBERS // width))
+    return max(SEARCH_CHUNK, min(-(-entries // 16), SEARCH_NUMBERS // (width + 10 * k)))
 
 
 def find_neighbours(store, k, folder, earlier=None, rank=0, world=1):
@@ -186,7 +189,7 @@ def find_neighbours(store, k, folder, earlier=None, rank=0, world=1):
     """
     known = [np.load(earlier / f"neighbours_{name}.npy", mmap_mode="r") for name in "DI"] if earlier else None
     old = len(known[0]) if known else 0
-    shards = Shards(folder / "neighbours_done", [0, old, len(store)], chunk_size(*store.keys.shape), rank, world)
+    shards = Shards(folder / "neighbours_done", [0, old, len(store)], chunk_size(*store.keys.shape, k), rank, world)
     total = sum(rows.stop - rows.start for rows in shards.left)
     with tqdm(total=total, desc="neighbours", unit="entry", disable=rank > 0) as bar:
         for rows in shards:

@@ -232,7 +232,7 @@ def estimate_memory(options, base, entries, seen, factory):
     learning = (16 * decoder_weights(options, base, seen) + 4 * 6 * (3 * scores + 24 * positions * options.decoder_dim)
                 + 3 * 4 * min(LOGITS_AT_ONCE, positions * seen))
     scoring = 6 * 4 * LOGITS_AT_ONCE // 4
-    searching = 16 * PAIRS + 24 * PROBES + 3 * 4 * chunk_size(entries, base.width) * base.width
+    searching = 16 * PAIRS + 24 * PROBES + chunk_size(entries, base.width, options.k) * (12 * base.width + 40 * options.k)
     building = 6 * base.width * training_keys(entries, factory)  # in half and in full precision, while the index is empty
     return max(building, index_bytes(entries, base.width, factory) + max(learning, scoring, searching))
 

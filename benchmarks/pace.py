@@ -73,7 +73,7 @@ class Pace:
         for count in (1, self.tokens):
             window = torch.tensor([ids], device=self.base.device)
             self.plain.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=count, min_new_tokens=count,
-                                     do_sample=False, pad_token_id=self.base.eos)
+                                do_sample=False, pad_token_id=self.base.eos)
             yield count
 
     @torch.no_grad()

@@ -186,7 +186,10 @@ def pace_rows(bench):
 
 
 def together(model, ids, choose, **how):
-    """Yield TOKENS times, after each token that base and memory write together; choose: (logits, logits, Reading) -> alpha."""
+    """Yield TOKENS times, after each token that base and memory write together.
+
+    choose: (log probabilities of base and of memory, Reading) -> alpha.
+    """
     reading = Reading(model.base)
     steps = model.steps(ids, reading, **how)
     _, base, memory = next(steps)

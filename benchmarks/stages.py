@@ -130,7 +130,7 @@ def grown(count, width, memory, work):
         del index, store
         with PeakMemory() as peak:
             store = store_of(faiss.read_index(str(folder / "index"), faiss.IO_FLAG_MMAP), mean, entries, keys)
-            part = keys[:chunk_size(count, width)]
+            part = keys[:chunk_size(count, width, K)]
             searched, (D, I) = seconds_of(lambda: store.search_others(part, entries.example[:len(part)], K))
         for letter, array, kind in (("D", D, np.float32), ("I", I, np.int32)):
             np.save(folder / f"neighbours_{letter}.npy", array.astype(kind))

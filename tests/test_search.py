@@ -180,6 +180,14 @@ def test_neighbours_of_a_grown_datastore_are_those_of_one_made_at_once(added, tm
     assert (whole.example[I] != whole.example[:, None]).all() and asked == [added]  # the others met new entries only
 
 
+def test_a_large_datastore_is_searched_in_large_chunks_that_fit_in_memory():
+    assert search.chunk_size(50_000, 576, 32) == 16_384  # few entries: few chunks
+    assert -(-1_000_000 // search.chunk_size(1_000_000, 576, 32)) == 16
+    for width, k in ((576, 32), (2048, 32), (576, 1024)):  # the memory of a chunk is bounded, whatever its numbers are
+        assert search.chunk_size(10**9, width, k) * (width + 10 * k) <= max(2**26, 16_384 * (width + 10 * k))
+    assert search.chunk_size(10**9, 576, 32) > 4 * 16_384
+
+
 def test_a_search_that_was_stopped_goes_on_with_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "SEARCH_CHUNK", 700)
     store, whole, cut = store_of("IVF16,Flat", lists=4), tmp_path / "whole", tmp_path / "cut"
