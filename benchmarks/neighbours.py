@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from datastore import Datastore, open_keys
 from index import CHUNK, build_index, choose_index, index_bytes, inverted_lists
-from search import SEARCH_CHUNK, TrainingDatastore
+from search import TrainingDatastore, chunk_size
 from support.machine import free_memory
 
 CENTRES = 20_000
@@ -135,12 +135,13 @@ def main(arguments=None):
     parser.add_argument("--index", help="faiss factory string; default: the one that auto chooses")
     parser.add_argument("--recall", type=float, default=0.95)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--sample", type=int, default=SEARCH_CHUNK, help="stored keys that are searched for at once")
+    parser.add_argument("--sample", type=int, help="stored keys that are searched for at once; default: as many as in training")
     parser.add_argument("--fewer", type=int, default=512, help="of them, those for faiss's own search of the lists")
     parser.add_argument("--device", default="cpu", help="where torch multiplies and sorts")
     parser.add_argument("--work", type=Path, default=ROOT / "build/neighbours", help="where the keys are kept")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    options.sample = options.sample or chunk_size(options.entries, options.width, options.k)
     options.work.mkdir(parents=True, exist_ok=True)
     path = options.work / f"keys_{options.entries}_{options.width}_{options.seed}.f16"
     if not path.exists() or path.stat().st_size != 2 * options.entries * options.width:

@@ -158,7 +158,8 @@ def plot(rows):
     axes = figure.subplots()
     counts = [row["entries"] for row in rows]
     for name in ("build_seconds", "tune_seconds", "search_seconds"):
-        axes.plot(counts, [row[name] for row in rows], marker="o", label=name.split("_")[0])
+        seconds = [row[name] if row[name] > 0.01 else float("nan") for row in rows]  # a Flat index is not tuned
+        axes.plot(counts, seconds, marker="o", label=name.split("_")[0])
     axes.plot(counts, [rows[0]["search_seconds"] * count / counts[0] for count in counts], "k:", label="linear")
     axes.set(xscale="log", yscale="log", xlabel="entries", ylabel="seconds", title="Index and search over clustered keys")
     axes.legend()
