@@ -58,7 +58,7 @@ class BaseLM:
     def __init__(self, model, tokenizer, name=""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.step = None  # a compiled program for one more token; compiled.py makes it
+        self.step = None  # reads one more token by a compiled graph; compiled.py makes it
         if self.head is None:
             raise UserError(f"The model {name} has no output embeddings, so it is not a causal language model.")
         config = model.config.get_text_config()

@@ -1,7 +1,7 @@
-"""One more token by a compiled program: torch.compile on the base, for --compile.
+"""torch.compile for one more token of the base, for app.py --compile.
 
-A program is made for fixed shapes, but a cache grows. So the cache, and attention to what is in it, stay outside. The program
-calls back for them, and is made once for answers of all lengths.
+A compiled graph has fixed shapes, but the KV cache grows. So the cache and its attention stay outside the graph, in a custom
+operator. One compilation then serves all lengths.
 """
 
 import threading
@@ -16,8 +16,8 @@ from base_model import CHECKED_TEXT
 from support.command import UserError, one_line
 from support.machine import lacks_memory
 
-NAME = "memory_decoder"  # of this way to attend, among those that transformers knows
-running = threading.local()  # .cache: that of the program which runs in this thread
+NAME = "memory_decoder"  # under which transformers knows this attention
+running = threading.local()  # .cache: the KV cache of the answer that this thread computes
 
 
 def attend(q, k, v, layer, scale):
@@ -26,14 +26,14 @@ def attend(q, k, v, layer, scale):
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).contiguous()
 
 
-# torch.library.custom_op would take a fifth of the program's time for checks at every call.
+# Not torch.library.custom_op: it adds checks to every call, which are slow for one token.
 torch.library.define("memory_decoder::attend", "(Tensor q, Tensor k, Tensor v, int layer, float scale) -> Tensor")
 torch.library.impl("memory_decoder::attend", "CompositeExplicitAutograd", attend)
 torch.library.register_fake("memory_decoder::attend", lambda q, k, v, layer, scale: q.new_empty((*q.shape[:-1], v.shape[-1])))
 
 
 def attention(module, q, k, v, mask, scaling=None, **more):
-    """transformers' own attention, but in a program the callback. Returns (attended (B, T, heads, D), None)."""
+    """transformers' own attention. While compiling, the custom operator instead. Returns (attended (B, T, heads, D), None)."""
     if torch.compiler.is_compiling():
         if any(more.get(name) is not None for name in ("position_bias", "s_aux", "softcap")):
             raise NotImplementedError("its attention has more than queries, keys and values")
@@ -43,7 +43,7 @@ def attention(module, q, k, v, mask, scaling=None, **more):
 
 
 def attention_mask(*arguments, **more):
-    """transformers' own mask. A program needs none, since one new token may see all before it."""
+    """transformers' own mask. While compiling there is none, since one new token may see all before it."""
     return None if torch.compiler.is_compiling() else sdpa_mask(*arguments, **more)
 
 
@@ -52,14 +52,14 @@ AttentionMaskInterface.register(NAME, attention_mask)
 
 
 class Outside(DynamicCache):
-    """Stands in for the cache while a program is made."""
+    """Takes the cache's place while compiling. It stores nothing, since the operator keeps keys and values."""
 
     def update(self, key_states, value_states, layer_idx, *arguments, **more):
         return key_states, value_states
 
 
 def compile_step(base):
-    """Let a BaseLM read single tokens by a compiled program.
+    """Let a BaseLM read single tokens by a compiled graph.
 
     Raises UserError if it cannot be made here, or if its hidden states are not the base's. The base is then as before.
     """
@@ -69,7 +69,7 @@ def compile_step(base):
         raise UserError(f"{base.name} attends in a way of its own and cannot be compiled; leave out --compile.")
     expected = states(base)
     try:
-        base.step = program_of(base)
+        base.step = compiled_step(base)
         found = states(base)
         rounding = max(1e-3, 12 * torch.finfo(base.head.weight.dtype).eps)
         if not (found - expected).norm() <= rounding * expected.norm():
@@ -84,19 +84,19 @@ def compile_step(base):
         raise UserError(f"{base.name} cannot be compiled here ({one_line(error)[:160]}); {remedy}leave out --compile.") from None
 
 
-def program_of(base):
-    """A function (ids (1, 1), cache) -> hidden state (1, 1, H) that is compiled when it is called first."""
+def compiled_step(base):
+    """A function (ids (1, 1), cache) -> hidden state (1, 1, H), compiled at its first call."""
     outside = Outside(config=base.model.config)
     base.model.set_attn_implementation(NAME)
 
     @torch.compile(fullgraph=True, dynamic=False)
-    def program(ids, position):
+    def graph(ids, position):
         return base.decoder(ids, past_key_values=outside, use_cache=True, position_ids=position).last_hidden_state
 
     def step(ids, cache):
         running.cache = cache
         try:
-            return program(ids, torch.tensor([[cache.get_seq_length()]], device=base.device))
+            return graph(ids, torch.tensor([[cache.get_seq_length()]], device=base.device))
         finally:
             running.cache = None  # threads live longer than conversations
     return step

@@ -14,10 +14,10 @@ from datastore import Datastore
 from index import inverted_lists, transforms
 from support.shards import Shards, write_rows
 
-SEARCH_CHUNK = 16_384  # queries of a small datastore that meet its keys at once
-SEARCH_NUMBERS = 2**26  # numbers that the queries of a large one have, with their neighbours
+SEARCH_CHUNK = 16_384  # queries at once in a small datastore
+SEARCH_NUMBERS = 2**26  # bound on queries x (width + 10 K) in a large one
 PROBES = 2**22  # pairs of query and inverted list that are sorted at once
-PAIRS = 2**21  # pairs of query and key that are compared at once, so that their distances stay in the cache
+PAIRS = 2**21  # pairs of query and key that are compared at once: their distances, 8 MB, stay in the CPU's cache
 SAMPLE = 512  # stored entries whose exact neighbours tell how many lists to read
 
 
@@ -25,7 +25,7 @@ class TrainingDatastore(Datastore):
     """A Datastore with its keys (N, H) fp16. It ranks by exact distances, whatever numbers the index keeps.
 
     All queries that probe an inverted list meet its keys in one matrix product. Faiss compares query by query, which takes
-    several times as long on a CPU. An index without inverted lists is passed over: every query meets every key.
+    several times as long on a CPU. An index without inverted lists is not used: every query meets every key.
     """
 
     def __init__(self, index, mean, values, example, position, examples, keys, device="cpu"):
@@ -95,8 +95,8 @@ class TrainingDatastore(Datastore):
     def tune(self, k, recall, seed=0):
         """Let a search read the fewest inverted lists (nprobe) that hold a share `recall` of the K nearest, and return the share.
 
-        The share is that of a sample of the entries, whose neighbours are found exactly. A recall of 1 reads all lists, which
-        no sample can replace. An index without inverted lists stays as it is.
+        The share is that of a sample of the entries, whose neighbours are found exactly. A recall of 1 reads all lists, since
+        a sample cannot guarantee it. An index without inverted lists stays as it is.
         """
         if self.lists is None:
             return 1.0
@@ -127,7 +127,7 @@ class Nearest:
         D, I = (torch.tensor(np.asarray(x), device=device) for x in (D, I))
         self.lengths = self.queries.square().sum(1, keepdim=True)
         self.D, self.I = D - self.lengths, I.long()  # |q - x|^2 - |q|^2, which sorts alike
-        # Kept from list to list: memory that is new each time would take longer to get than to fill.
+        # Kept from list to list: allocating memory takes longer than filling it.
         self.chosen, self.products = self.queries.new_empty(0), self.queries.new_empty(max(PAIRS, len(D)))
 
     def compare(self, rows, ids, store):
@@ -145,7 +145,7 @@ class Nearest:
         # Without the mean, this product is exact enough in float32.
         room = self.products[:len(rows) * len(ids)].view(len(rows), len(ids))
         new = torch.addmm(met.square().sum(1), queries, met.T, alpha=-2, out=room)
-        nearer = new.amin(1) < self.D[rows, -1]  # mostly few, and sorting takes as long as the product
+        nearer = new.amin(1) < self.D[rows, -1]  # usually few; sorting all would take as long as the product
         rows, new, ids = rows[nearer], new[nearer], torch.from_numpy(ids).to(device)
         new.masked_fill_(self.example[rows, None] == own, torch.inf)
         self.D[rows], place = torch.cat([self.D[rows], new], 1).topk(k, largest=False)
@@ -167,7 +167,7 @@ def entries_of_list(lists, number):
 
 
 def pieces(ids, queries):
-    """Yield the entry ids in pieces that so many queries can meet at once."""
+    """Yield the entry ids in pieces. queries: how many are compared with a piece at once."""
     size = max(1, PAIRS // queries)
     for i in range(0, len(ids), size):
         yield ids[i:i + size]
@@ -176,7 +176,7 @@ def pieces(ids, queries):
 def chunk_size(entries, width, k):
     """How many entries are searched for at once.
 
-    Every chunk reads most keys anew, so chunks grow with the datastore. But a large one has 16 or more, for several processes.
+    Every chunk reads most keys anew, so chunks grow with the datastore. A large one has 16 or more for several processes.
     """
     return max(SEARCH_CHUNK, min(-(-entries // 16), SEARCH_NUMBERS // (width + 10 * k)))
 
