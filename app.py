@@ -55,8 +55,8 @@ class Options:
                                     "it out of the process list")
     open: bool = option(False, "listen beyond this machine without --auth: anyone who reaches it may use it")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 and so on, or mps")
-    compile: bool = option(False, "compile the base first: on a CPU with bfloat16 a token then takes about a quarter less time; the "
-                                  "first start takes up to a minute longer; needs a C++ compiler")
+    compile: bool = option(False, "compile the base first: on a CPU with bfloat16 a token then takes about a quarter less time; "
+                                  "the first start takes up to a minute longer; needs a C++ compiler")
     rule: str = option("logits", "blend rule that the page starts with", choices=list(EVERY_RULE))
     alpha: float | None = option(None, "where the page's alpha slider starts; default: what training chose for the rule")
     temperature: float = option(0.7, "where the page's temperature slider starts")
