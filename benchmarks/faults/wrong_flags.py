@@ -44,6 +44,7 @@ CHAT = [
     *(("--rule", value) for value in ("", "mean", "AUTO", "logits,auto", "knn")), *(("--device", value) for value in DEVICES),
     *(("--ask", value) for value in ("", " ", "\n\t", "why " * 600, "?" * 100_000)),
     *(("--demo", value) for value in SWITCHES), *(("--open", value) for value in SWITCHES),
+    *(("--compile", value) for value in SWITCHES),
     ("--ask",), ("--model_dir",), ("--nonsense",), ("stray",), ("--model", "@trained"), ("--alpha", "0.5", "0.7"), ("--k", "8")]
 
 # Without a question, app.py would open its page.
