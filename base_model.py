@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -288,7 +287,7 @@ def converted(path):
     except OSError as error:
         raise UserError(f"Nothing can be written to {CACHE} ({error.strerror}), where {path} would be unpacked; set XDG_CACHE_HOME "
                         "to a folder of your own.") from None
-    print(f"unpacking {path.name} once, into {CACHE}", file=sys.stderr, flush=True)
+    print(f"unpacking {path.name} once, into {CACHE}", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model, report = AutoModelForCausalLM.from_pretrained(
