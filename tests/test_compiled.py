@@ -1,4 +1,4 @@
-"""app.py --compile: a program for one more token, beside the model that it is made of."""
+"""app.py --compile: a compiled graph for one more token, beside the model that it is made of."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def test_a_compiled_model_says_what_the_model_says(base, kind):
         readings, told = [Reading(model.base) for model in models], []
         for model, reading in zip(models, readings, strict=True):
             first = list(model.stream(PROMPT, settings, 40, reading=reading))
-            # The next turn goes on from the cache that the program has filled, a part of which is taken back.
+            # The next turn goes on from the cache that the graph has filled, a part of which is taken back.
             turn = PROMPT + "".join(step.text for step in first[:20]) + " And then?"
             told.append([*first, *model.stream(turn, settings, 10, reading=reading)])
         assert [step.token for step in told[0]] == [step.token for step in told[1]] and len(told[0]) > 20
@@ -54,7 +54,7 @@ def test_a_compiled_model_says_what_the_model_says(base, kind):
         torch.testing.assert_close(told[0][-1].hidden, told[1][-1].hidden, atol=1e-3, rtol=1e-3)
 
 
-def test_the_program_is_made_once_for_all_lengths_and_threads(base):
+def test_the_graph_is_compiled_once_for_all_lengths_and_threads(base):
     model, told = pair("llama", base.tokenizer, torch.bfloat16)[1], []
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(2):  # the page answers in threads that come and go
@@ -72,7 +72,7 @@ def test_a_single_position_is_read_alike_as_a_row_and_as_a_vector():
         assert torch.equal(layer(x.expand(1, 3, 48)), nn.functional.linear(x.expand(1, 3, 48), layer.weight, layer.bias))
 
 
-def test_a_program_that_says_something_else_is_refused(base, monkeypatch):
+def test_a_graph_with_other_states_is_refused(base, monkeypatch):
     twice = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, **more: scaled_dot_product_attention(2 * q, k, v, **more))
     monkeypatch.setattr(compiled, "F", twice)
     plain = BaseLM(KINDS["llama"](), base.tokenizer)
